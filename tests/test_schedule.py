@@ -1,0 +1,105 @@
+import pytest
+
+from megatron_rltd.schedule import (
+    Schedule,
+    consumed_layer_tokens,
+    integer_root,
+    layer_tokens,
+    steps_for_layer_tokens,
+)
+
+GPT3 = Schedule(seq_length=2048, min_tokens=128, ramp_length=200_000, increment=16)
+VIT = Schedule(seq_length=197, min_tokens=32, ramp_length=3910, increment=8)
+CASES = [
+    GPT3,
+    VIT,
+    Schedule(100, 10, 7, 3),
+    Schedule(100, 10, 1000, 16),
+    Schedule(64, 64, 10, 8),
+    Schedule(64, 8, 40, 8, root_degree=2),
+    Schedule(65, 7, 91, 5, root_degree=3),
+    Schedule(64, 16, None, 8),
+]
+
+
+def test_golden_values_of_the_gpt3_recipe():
+    # arXiv 2211.11586's recipe: r0 = 128, s = 2048, increment 16, 200,000 steps.
+    expected = {0: 128, 1666: 128, 1667: 144, 100_000: 1088, 199_999: 2032, 200_000: 2048}
+    assert {t: GPT3.kept_tokens(t) for t in expected} == expected
+    total = consumed_layer_tokens(GPT3, 200_000, 512, num_layers=24, num_dropped=22)
+    assert total == 2_852_447_191_040
+
+
+def test_golden_values_of_the_vit_log():
+    # DeepSpeed's published CIFAR log: 5,474 steps of "batch 32", 12 layers, 10 of them dropped.
+    assert consumed_layer_tokens(VIT, 5474, 32, num_layers=12, num_dropped=10) == 305_784_192
+    # s is no multiple of the increment: the ramp passes T before it reaches s.
+    assert VIT.kept_tokens(3910) == 192
+    assert VIT.kept_tokens(3982) == 197
+
+
+@pytest.mark.parametrize("schedule", CASES)
+def test_kept_tokens_follow_the_definition(schedule):
+    s, k0, q = schedule.seq_length, schedule.min_tokens, schedule.increment
+    for t in range(0, 300):
+        kept = schedule.kept_tokens(t)
+        if schedule.ramp_length is None:
+            assert kept == k0
+            continue
+        # The largest x with x^r * T <= (s - k0)^r * t is the floor of the growth.
+        grown = 0
+        while (grown + 1) ** schedule.root_degree * schedule.ramp_length <= (
+            (s - k0) ** schedule.root_degree * t
+        ):
+            grown += 1
+        assert kept == min(s, max(k0, (k0 + grown) // q * q))
+
+
+@pytest.mark.parametrize("schedule", CASES)
+def test_kept_tokens_never_shrink_and_end_at_full_length(schedule):
+    kept = [schedule.kept_tokens(t) for t in range(4500)]
+    assert kept == sorted(kept)
+    assert kept[0] == schedule.min_tokens
+    if schedule.ramp_length is not None and schedule.ramp_length < 4000:
+        assert kept[-1] == schedule.seq_length
+
+
+@pytest.mark.parametrize("schedule", CASES)
+@pytest.mark.parametrize("stride", [1, 3, 512])
+def test_sums_equal_adding_up_step_by_step(schedule, stride):
+    for steps in (0, 1, 5, 100, 1000):
+        by_hand = sum(schedule.kept_tokens(i * stride) for i in range(steps))
+        assert schedule.kept_token_sum(steps, stride) == by_hand
+        tokens = sum(
+            8 * layer_tokens(schedule.seq_length, schedule.kept_tokens(i * stride), 6, 4)
+            for i in range(steps)
+        )
+        assert consumed_layer_tokens(schedule, steps, 8, 6, 4, stride) == tokens
+
+
+@pytest.mark.parametrize("schedule", CASES)
+def test_first_position_is_where_a_length_appears(schedule):
+    for position, kept in schedule.levels():
+        if position > 10_000:
+            break
+        assert schedule.first_position(kept) == position
+        assert schedule.kept_tokens(position) == kept
+        assert position == 0 or schedule.kept_tokens(position - 1) < kept
+
+
+@pytest.mark.parametrize("schedule", CASES)
+def test_steps_for_a_budget_are_the_fewest(schedule):
+    for budget in (1, 10_000, 3_000_000):
+        steps = steps_for_layer_tokens(schedule, budget, 4, 6, 4)
+        assert consumed_layer_tokens(schedule, steps, 4, 6, 4) >= budget
+        assert consumed_layer_tokens(schedule, steps - 1, 4, 6, 4) < budget
+
+
+def test_integer_root_is_exact_where_floats_are_not():
+    for degree in (1, 2, 3, 5):
+        for base in (0, 1, 2, 7, 10**9, 2**53 + 1):
+            power = base**degree
+            assert integer_root(power, degree) == base
+            if base > 1:
+                assert integer_root(power - 1, degree) == base - 1
+                assert integer_root(power + 1, degree) == (base if degree > 1 else base + 1)
