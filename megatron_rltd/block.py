@@ -1,0 +1,97 @@
+"""How a TransformerBlock takes one micro-batch through its layers.
+
+Where runs of dropped layers end, and which layers are checkpointed one by one around their kept
+tokens instead of by the block around the whole hidden states.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from megatron_rltd.layer import KeptTokens
+
+
+def check_layers(block: Any) -> None:
+    """Raise RuntimeError unless every layer of a block is a transformer layer not yet attached."""
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    if "forward" in vars(block):
+        raise RuntimeError("random-LTD: this model is attached already")
+    for layer in block.layers:
+        if not isinstance(layer, TransformerLayer):
+            raise RuntimeError(
+                f"random-LTD: layer {layer.layer_number} is a {type(layer).__name__}, not a "
+                "TransformerLayer"
+            )
+
+
+def plan_recomputation(
+    block: Any, kept: dict[int, KeptTokens], rows: int
+) -> tuple[frozenset[int], bool]:
+    """Decide where a block's layers are checkpointed under full recomputation.
+
+    Megatron stores the hidden states, s rows, once for each group of layers. Checkpointing every
+    layer by itself stores k rows for a dropped one; that is done where it stores less in all.
+
+    Returns:
+        Numbers of the layers to checkpoint one by one, and whether Megatron checkpoints groups
+        instead. Then the hidden states between layers must be the real ones.
+    """
+    config = block.config
+    if config.recompute_granularity != "full":
+        return frozenset(), False
+    if config.fp8 or getattr(config, "fp4", None):
+        return frozenset(), True
+    layers = list(block.layers)
+    if config.recompute_method == "block":
+        layers, group = layers[: config.recompute_num_layers], 1
+    else:
+        group = config.recompute_num_layers
+    stored = sum(
+        kept[n.layer_number].rows.size(1) if n.layer_number in kept else rows for n in layers
+    )
+    if stored > rows * -(-len(layers) // group):
+        return frozenset(), True
+    return frozenset(n.layer_number for n in layers), False
+
+
+def plan_run_ends(
+    block: Any, dropped: set[int], extracted: Iterable[int], grouped: bool
+) -> frozenset[int]:
+    """Return the dropped layers after which the hidden states must be the real ones.
+
+    Those are the last of each row of neighbours, and any layer whose output something else reads.
+    """
+    ends = set()
+    layers = list(block.layers)
+    for layer, after in zip(layers, [*layers[1:], None], strict=True):
+        number = layer.layer_number
+        if number in dropped and (
+            after is None
+            or after.layer_number not in dropped
+            or grouped
+            or number - 1 in extracted
+            or _is_watched(layer)
+            or _is_watched(after)
+        ):
+            ends.add(number)
+    return frozenset(ends)
+
+
+def _is_watched(layer: torch.nn.Module) -> bool:
+    """Return whether hooks other than Megatron's own see a layer's input or output."""
+    hooks = [
+        *layer._forward_hooks.values(),
+        *layer._forward_pre_hooks.values(),
+        *layer._backward_hooks.values(),
+        *layer._backward_pre_hooks.values(),
+        *torch.nn.modules.module._global_forward_hooks.values(),
+        *torch.nn.modules.module._global_forward_pre_hooks.values(),
+        *torch.nn.modules.module._global_backward_hooks.values(),
+        *torch.nn.modules.module._global_backward_pre_hooks.values(),
+    ]
+    # Megatron's DDP gathers parameters in hooks that never look at their arguments.
+    return any(
+        not getattr(h, "__module__", "").startswith("megatron.core.distributed") for h in hooks
+    )

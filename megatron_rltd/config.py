@@ -1,0 +1,279 @@
+"""The options of random-LTD and every message about wrong ones.
+
+`RandomLTDConfig` is what a user asks for; its fields are the ``--random-ltd-...`` flags and their
+docstrings the ``--help``. `resolve` checks it against a model and a layout and returns what a run
+needs. All problems are found before anything is built, and reported together. What random-LTD
+refuses to run with is in `refusals`.
+"""
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_rltd.schedule import Schedule
+from megatron_rltd.shards import fewest_strata
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot work. The message names flags, values and ways out."""
+
+    def __init__(self, problems: list[str]):
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        super().__init__(f"cannot run with these arguments:{lines}")
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class RandomLTDConfig:
+    """random-LTD: every middle layer processes only a random, sorted subset of the tokens
+    (arXiv 2211.11586)."""
+
+    min_tokens: int = 128
+    """Tokens per sample that a dropped layer keeps at the start of training. The default is the
+    paper's."""
+
+    ramp_iters: int | None = None
+    """Length of the ramp in iterations: after it nothing is dropped. The paper takes 0.7 of the
+    iterations of a dense run on the same token budget."""
+
+    ramp_samples: int | None = None
+    """Length of the ramp in samples, instead of iterations."""
+
+    increment: int = 16
+    """The kept length is a multiple of this number of tokens, so that it takes few distinct values
+    and tensor cores like them. The default is the paper's."""
+
+    root_degree: int = 1
+    """The kept length grows with this root of the training progress: 1 linearly, 2 with the square
+    root."""
+
+    constant: bool = False
+    """Keep the minimum number of tokens throughout, without a ramp: the paper's ablation."""
+
+    layers: str | None = None
+    """Layers that drop tokens, counted from 1 as Megatron's layer_number, as comma-separated
+    numbers and ranges such as 2-11,14-23. Default: all but the first and the last."""
+
+    strata: int = 0
+    """Number of equal slices of the sequence in each of which the same number of tokens is kept.
+    0: the fewest that the parallel layout needs, 1: plain uniform sampling as in the paper. A run
+    can be continued on another layout if that layout's fewest divide the number."""
+
+    shared_indices: bool = False
+    """Draw one set of kept tokens for all samples of a micro-batch instead of one for each."""
+
+    seed: int | None = None
+    """Seed of the sampling of kept tokens. Default: --seed."""
+
+    backend: Literal["auto", "torch"] = "auto"
+    """Implementation that moves the tokens."""
+
+    preflight: bool = False
+    """Before the second iteration, run one forward and backward at full length without an update,
+    so that the run's peak memory shows at once and not when the ramp ends."""
+
+
+FLAG_PREFIX = "random_ltd_"
+FIELDS = tuple(f.name for f in dataclasses.fields(RandomLTDConfig))
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a field."""
+    return "--" + (FLAG_PREFIX + name).replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--random-ltd`` and a flag for each field; harmless if they are there already.
+
+    Usable as Megatron's ``extra_args_provider``.
+    """
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    class PrefixedGroupFactory(ArgumentGroupFactory):
+        """Megatron's dataclass-to-flags factory, with our prefix on flag and namespace name."""
+
+        def _build_argparse_kwargs_from_field(self, attribute):
+            kwargs = super()._build_argparse_kwargs_from_field(attribute)
+            return {
+                **kwargs,
+                "arg_names": [flag(attribute.name)],
+                "dest": FLAG_PREFIX + attribute.name,
+            }
+
+    if any("--random-ltd" in action.option_strings for action in parser._actions):
+        return parser
+    group = PrefixedGroupFactory(RandomLTDConfig).build_group(parser, title="random-LTD")
+    group.add_argument(
+        "--random-ltd",
+        action="store_true",
+        help="Train with random layerwise token dropping. Evaluation never drops.",
+    )
+    return parser
+
+
+def config_from_args(args: Any) -> RandomLTDConfig:
+    """Return the config that a parsed Megatron namespace holds."""
+    return RandomLTDConfig(**{name: getattr(args, FLAG_PREFIX + name) for name in FIELDS})
+
+
+@dataclass(frozen=True)
+class Model:
+    """What `resolve` needs to know of a model and its layout.
+
+    Attributes:
+        seq_length: s, the tokens of a sample.
+        num_layers: Layers of the decoder (or BERT's encoder) over all pipeline stages.
+        micro_batch_size: Samples of a micro-batch; 1 if it is not known.
+        sequence_parallel_size: The tensor-parallel size under sequence parallelism, else 1.
+        context_parallel_size: The context-parallel size.
+        row_multiple: What the rows of a dropped layer on one rank must be a multiple of (FP8).
+        seed: The seed where the config has none.
+    """
+
+    seq_length: int
+    num_layers: int
+    micro_batch_size: int = 1
+    sequence_parallel_size: int = 1
+    context_parallel_size: int = 1
+    row_multiple: int = 1
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config that fits its model: what a run needs, nothing left to default.
+
+    Attributes:
+        schedule: The kept length; its position counts samples if `ramp_in_samples`.
+        ramp_in_samples: Whether the schedule's position is samples consumed, not iterations.
+        dropped_layers: Layer numbers from 1, ascending.
+        strata: S.
+        seed: Seed of the sampling.
+    """
+
+    config: RandomLTDConfig
+    model: Model
+    schedule: Schedule
+    ramp_in_samples: bool
+    dropped_layers: tuple[int, ...]
+    strata: int
+    seed: int
+
+    def position(self, iteration: int, consumed_samples: int) -> int:
+        """Return the schedule's position at the start of an iteration (counted from 0)."""
+        return consumed_samples if self.ramp_in_samples else iteration
+
+
+def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
+    """Return the layer numbers of ``--random-ltd-layers``, ascending.
+
+    Raises:
+        ValueError: Not numbers and ranges, out of 1..num_layers, or the same layer twice.
+    """
+    if text is None:
+        return tuple(range(2, num_layers))
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        numbers = first.isdecimal() and (not dash or last.isdecimal())
+        if not numbers or int(last or first) < int(first):
+            raise ValueError(f"{part.strip()!r} is neither a number nor a range such as 2-11")
+        layers += range(int(first), int(last or first) + 1)
+    wrong = sorted({n for n in layers if not 1 <= n <= num_layers or layers.count(n) > 1})
+    if wrong:
+        raise ValueError(f"layers go from 1 to {num_layers}, each at most once; wrong: {wrong}")
+    return tuple(sorted(layers))
+
+
+def resolve(config: RandomLTDConfig, model: Model) -> Resolved:
+    """Check a config against a model and fill in what it leaves open.
+
+    Raises:
+        ConfigError: Naming every problem.
+    """
+    problems: list[str] = []
+
+    def require(condition: bool, message: str) -> bool:
+        if not condition:
+            problems.append(message)
+        return condition
+
+    s, k0, q = model.seq_length, config.min_tokens, config.increment
+    ramps = [n for n in ("ramp_iters", "ramp_samples") if getattr(config, n) is not None]
+    require(
+        len(ramps) + config.constant == 1,
+        f"give exactly one of {flag('ramp_iters')}, {flag('ramp_samples')} and {flag('constant')}; "
+        f"given: {', '.join(flag(n) for n in ramps + ['constant'] * config.constant) or 'none'}",
+    )
+    for name in (*ramps, "increment", "root_degree"):
+        value = getattr(config, name)
+        require(value > 0, f"{flag(name)} {value} must be positive")
+    require(
+        0 < k0 <= s,
+        f"{flag('min_tokens')} {k0} must be between 1 and --seq-length {s}",
+    )
+    layers: tuple[int, ...] = ()
+    try:
+        layers = parse_layers(config.layers, model.num_layers)
+        require(
+            bool(layers),
+            f"a model of --num-layers {model.num_layers} has no middle layer to drop tokens in; "
+            f"choose layers with {flag('layers')}",
+        )
+    except ValueError as error:
+        problems.append(f"{flag('layers')} {config.layers}: {error}")
+
+    needed = fewest_strata(model.sequence_parallel_size, model.context_parallel_size)
+    strata = config.strata or needed
+    if require(strata > 0, f"{flag('strata')} {strata} must not be negative"):
+        require(
+            strata % needed == 0,
+            f"{flag('strata')} {strata} must be a multiple of {needed}: every rank of sequence "
+            f"parallelism {model.sequence_parallel_size} and context parallelism "
+            f"{model.context_parallel_size} holds whole strata",
+        )
+        lengths = (f"{flag('min_tokens')} {k0}", k0), (f"{flag('increment')} {q}", q)
+        for what, value in ((f"--seq-length {s}", s), *lengths):
+            require(
+                value % strata == 0,
+                f"{what} must be a multiple of the number of strata, {strata}: change it or "
+                f"{flag('strata')} (this layout needs a multiple of {needed})",
+            )
+        shards = model.sequence_parallel_size * model.context_parallel_size
+        for what, value in lengths:
+            rows_multiple = model.row_multiple * shards
+            multiple = rows_multiple // math.gcd(rows_multiple, model.micro_batch_size)
+            require(
+                value % multiple == 0,
+                f"{what} must be a multiple of {multiple}: FP8 needs a multiple of "
+                f"{model.row_multiple} rows on every rank",
+            )
+    if problems:
+        raise ConfigError(problems)
+    ramp = config.ramp_iters if config.ramp_samples is None else config.ramp_samples
+    return Resolved(
+        config=config,
+        model=model,
+        schedule=Schedule(s, k0, None if config.constant else ramp, q, config.root_degree),
+        ramp_in_samples=config.ramp_samples is not None,
+        dropped_layers=layers,
+        strata=strata,
+        seed=model.seed if config.seed is None else config.seed,
+    )
+
+
+def model_from_args(args: Any) -> Model:
+    """Return what Megatron's validated arguments say of the model and its layout."""
+    fp8 = getattr(args, "fp8", None) or getattr(args, "fp4", None)
+    block_scaled = getattr(args, "fp8_recipe", None) == "mxfp8" or getattr(args, "fp4", None)
+    return Model(
+        seq_length=args.seq_length,
+        num_layers=args.num_layers,
+        micro_batch_size=args.micro_batch_size,
+        sequence_parallel_size=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        context_parallel_size=args.context_parallel_size,
+        row_multiple=(32 if block_scaled else 16) if fp8 else 1,
+        seed=args.seed,
+    )

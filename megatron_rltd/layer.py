@@ -1,0 +1,208 @@
+"""One Megatron transformer layer on kept tokens: sub-sample its arguments and call it.
+
+The layer itself is Megatron's, whole. `MicroBatch` says what each layer of a block keeps of one
+micro-batch; it reaches the layers in the place of ``packed_seq_params``, the one argument that
+``TransformerBlock`` hands to them untouched both in forward and in recomputation.
+
+Shapes: s sequence length, b micro batch, h hidden size, d rotary size, k kept tokens,
+c context-parallel size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rltd.token_drop import Run
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What one layer keeps of a micro-batch. All int32 and ascending in each row.
+
+    Attributes:
+        rows: [b, k on this rank], rows of this rank's hidden states.
+        local: [b, k/c], positions in the part of the sequence that the context-parallel rank
+            holds, in its own order; all of its tensor-parallel ranks'.
+        positions: [b, k], positions in the whole sequence.
+    """
+
+    rows: Tensor
+    local: Tensor
+    positions: Tensor
+
+
+@dataclass
+class MicroBatch:
+    """What the layers of one block need to know of one micro-batch.
+
+    Attributes:
+        packed_seq_params: The block's own argument, for the layers that are not dropped.
+        kept: Layer number to its kept tokens; a layer that is absent processes all.
+        run_ends: Numbers of the dropped layers that give back real hidden states.
+        recomputed: Numbers of the layers to checkpoint here, around the kept tokens only.
+        run: The open run, if the last dropped layer was none of `run_ends`.
+    """
+
+    packed_seq_params: Any
+    kept: dict[int, KeptTokens]
+    run_ends: frozenset[int]
+    recomputed: frozenset[int] = frozenset()
+    run: Run = field(default_factory=Run)
+
+
+def forward(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """Run a layer as its block called it, on kept tokens if its micro-batch says so.
+
+    Args:
+        layer: A ``TransformerLayer``.
+        original: Its own forward.
+        args, kwargs: What the block passes; ``packed_seq_params`` may be a `MicroBatch`.
+
+    Returns:
+        What the layer returns: (hidden states [s, b, h], context).
+
+    Source: ``megatron/core/transformer/transformer_block.py:TransformerBlock.forward``.
+    """
+    micro_batch = kwargs.get("packed_seq_params")
+    if not isinstance(micro_batch, MicroBatch):
+        return original(*args, **kwargs)
+    kwargs["packed_seq_params"] = micro_batch.packed_seq_params
+    recompute = layer.layer_number in micro_batch.recomputed
+    kept = micro_batch.kept.get(layer.layer_number)
+    if kept is None:
+        return _call(layer, original, recompute, args, kwargs)
+    if args:
+        raise RuntimeError("random-LTD: a block must call its layers with keyword arguments")
+    hidden_states = kwargs.pop("hidden_states")
+    kwargs = subsample(kwargs, kept)
+    kwargs["hidden_states"] = micro_batch.run.enter(hidden_states, kept.rows)
+    tokens, context = _call(layer, original, recompute, args, kwargs)
+    last = layer.layer_number in micro_batch.run_ends
+    return micro_batch.run.leave(tokens, last), context
+
+
+def _call(layer: Any, original: Callable, recompute: bool, args: tuple, kwargs: dict) -> Any:
+    """Call a layer, under Megatron's own activation checkpointing if asked to."""
+    if not recompute:
+        return original(*args, **kwargs)
+    from megatron.core import tensor_parallel
+
+    # Megatron's checkpoint saves positional tensors only, and a tuple is none.
+    rotary = kwargs.pop("rotary_pos_emb", None)
+    is_pair = isinstance(rotary, (tuple, list))
+    tensors = {name: kwargs.pop(name) for name in list(kwargs) if torch.is_tensor(kwargs[name])}
+    hidden_states = tensors.pop("hidden_states")
+
+    def run(hidden_states, *values):
+        given = values[: len(rotary)] if is_pair else values[0]
+        rest = dict(zip(tensors, values[len(rotary) if is_pair else 1 :], strict=True))
+        return original(*args, hidden_states=hidden_states, rotary_pos_emb=given, **rest, **kwargs)
+
+    return tensor_parallel.checkpoint(
+        run,
+        layer.config.distribute_saved_activations,
+        hidden_states,
+        *(rotary if is_pair else (rotary,)),
+        *tensors.values(),
+    )
+
+
+# What a dropped layer cannot take.
+_UNSUPPORTED = {
+    "packed_seq_params": "packed sequences",
+    "context": "cross-attention",
+    "context_mask": "cross-attention",
+    "attention_bias": "an attention bias",
+    "rotary_pos_cos": "rotary tables for inference",
+    "rotary_pos_sin": "rotary tables for inference",
+    "rotary_pos_cos_sin": "rotary tables for inference",
+    "inference_context": "inference",
+}
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise RuntimeError if a block's arguments have no meaning for a subset of the tokens."""
+    for name, what in _UNSUPPORTED.items():
+        if arguments.get(name) is not None:
+            raise RuntimeError(f"random-LTD: dropped layers cannot run with {what} ({name})")
+
+
+def subsample(arguments: dict[str, Any], kept: KeptTokens) -> dict[str, Any]:
+    """Return a layer's arguments, but for the hidden states, as they are for the kept tokens."""
+    result = dict(arguments)
+    rotary = arguments.get("rotary_pos_emb")
+    if isinstance(rotary, (tuple, list)):  # queries' and keys', or local and global
+        result["rotary_pos_emb"] = tuple(
+            None if angles is None else kept_angles(angles, kept.local) for angles in rotary
+        )
+    elif rotary is not None:
+        result["rotary_pos_emb"] = kept_angles(rotary, kept.local)
+    if arguments.get("attention_mask") is not None:
+        result["attention_mask"] = kept_mask(arguments["attention_mask"], kept)
+    if arguments.get("padding_mask") is not None:
+        result["padding_mask"] = kept_padding(arguments["padding_mask"], kept)
+    return result
+
+
+def kept_angles(angles: Tensor, local: Tensor) -> Tensor:
+    """Return the rotary angles of the kept tokens' true positions.
+
+    Args:
+        angles: [s/c, 1 or b, 1, d].
+        local: [b or 1, k/c].
+
+    Returns:
+        [k/c, b, 1, d]: one set of angles for each sample, or [k/c, 1, 1, d] if the samples keep
+        the same tokens.
+    """
+    length, batch, _, width = angles.shape
+    if batch > 1:
+        index = local.t()[:, :, None, None].expand(-1, batch, 1, width)
+        return angles.gather(0, index.long())
+    rows = angles.view(length, width).index_select(0, local.t().flatten())
+    return rows.view(local.size(1), local.size(0), 1, width)
+
+
+def kept_mask(mask: Tensor, kept: KeptTokens) -> Tensor:
+    """Return the rows and columns of an attention mask that belong to kept tokens.
+
+    Args:
+        mask: Bool, True where masked: [b or 1, 1, s/c or 1, s].
+
+    Returns:
+        [b, 1, k/c or 1, k].
+    """
+    batch = kept.positions.size(0)
+    mask = mask.expand(max(batch, mask.size(0)), -1, -1, -1)
+    batch = mask.size(0)
+    if mask.size(2) > 1:
+        index = kept.local.long()[:, None, :, None]
+        mask = mask.gather(2, index.expand(batch, mask.size(1), -1, mask.size(3)))
+    index = kept.positions.long()[:, None, None, :]
+    return mask.gather(3, index.expand(batch, mask.size(1), mask.size(2), -1))
+
+
+def kept_padding(mask: Tensor, kept: KeptTokens) -> Tensor:
+    """Return the columns of a padding mask [b, s on this rank] that belong to kept tokens."""
+    return mask.gather(1, kept.rows.long().expand(mask.size(0), -1))
+
+
+def fused_rotary(original: Callable, t: Tensor, freqs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Apply rotary angles that differ between samples with a kernel that takes one set for all.
+
+    The kernel looks angles up by row, so samples are laid out as further rows.
+
+    Args:
+        original: ``fused_apply_rotary_pos_emb`` of Megatron: t [s, b, n, d'], freqs [s, 1, 1, d].
+        t: [k, b, n, d'].
+        freqs: [k, 1 or b, 1, d].
+    """
+    if freqs.size(1) == 1:
+        return original(t, freqs, *args, **kwargs)
+    rows = t.size(0) * t.size(1)
+    flat = t.reshape(rows, 1, *t.shape[2:])
+    angles = freqs.reshape(rows, 1, 1, freqs.size(-1))
+    return original(flat, angles, *args, **kwargs).view_as(t)

@@ -1,0 +1,157 @@
+"""The Megatron features that random-LTD refuses to run with, and the check of a whole command line.
+
+Each one would train on wrong numbers or drop nothing while the logs claim it does, so it is an
+error at start-up that names the flag and the way out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_rltd.config import (
+    ConfigError,
+    Resolved,
+    config_from_args,
+    model_from_args,
+    resolve,
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A Megatron feature that cannot run with dropped tokens.
+
+    Attributes:
+        flag: As the user gave it.
+        used: Whether Megatron's arguments use it.
+        why: What would go wrong.
+        way_out: What to do instead.
+    """
+
+    flag: str
+    used: Callable[[Any], Any] = field(repr=False)
+    why: str
+    way_out: str = "train without it, or without --random-ltd"
+
+
+def _truthy(name: str) -> Callable[[Any], Any]:
+    return lambda args: getattr(args, name, None)
+
+
+_BYPASS = "runs layers without their forward, so that no token would be dropped"
+_STATIC = "sizes buffers once, while the kept length changes"
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal("--yaml-cfg", _truthy("yaml_cfg"), "replaces the parsed flags", "use flags"),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm", _truthy("overlap_moe_expert_parallel_comm"), _BYPASS
+    ),
+    Refusal(
+        "--cuda-graph-impl",
+        lambda args: getattr(args, "cuda_graph_impl", None) not in (None, "none"),
+        "replays layers with the shapes and the kept tokens of the capture",
+        "use --cuda-graph-impl none",
+    ),
+    Refusal(
+        "--perform-rl-step", _truthy("perform_rl_step"), "trains on rollouts, not on a data set"
+    ),
+    Refusal("--tp-comm-overlap", _truthy("tp_comm_overlap"), _STATIC),
+    Refusal(
+        "--multi-latent-attention",
+        _truthy("multi_latent_attention"),
+        "numbers the positions of its input 0, 1, 2, ... inside the layer",
+        "use ordinary or --group-query-attention, or train without --random-ltd",
+    ),
+    Refusal(
+        "--experimental-attention-variant",
+        _truthy("experimental_attention_variant"),
+        "shares positions or states between layers that would see different tokens",
+    ),
+    Refusal(
+        "--hybrid-context-parallel", _truthy("hybrid_context_parallel"), "splits samples unevenly"
+    ),
+    Refusal(
+        "--hybrid-layer-pattern",
+        lambda args: (
+            getattr(args, "hybrid_layer_pattern", None) or getattr(args, "is_hybrid_model", None)
+        ),
+        "has layers that are not transformer layers",
+    ),
+    Refusal(
+        "--moe-flex-dispatcher-backend hybridep",
+        lambda args: (
+            getattr(args, "moe_token_dispatcher_type", None) == "flex"
+            and getattr(args, "moe_flex_dispatcher_backend", None) == "hybridep"
+        ),
+        _STATIC,
+        "use --moe-token-dispatcher-type alltoall",
+    ),
+    Refusal("--moe-paged-stash", _truthy("moe_paged_stash"), _STATIC),
+    Refusal(
+        "--moe-expert-rank-capacity-factor", _truthy("moe_expert_rank_capacity_factor"), _STATIC
+    ),
+    Refusal(
+        "--calculate-per-token-loss with --num-experts",
+        lambda args: getattr(args, "calculate_per_token_loss", None) and args.num_experts,
+        "would divide the auxiliary losses of dropped layers by tokens they did not see",
+    ),
+    Refusal("--window-size", _truthy("window_size"), "counts kept tokens, not positions"),
+    Refusal(
+        "--fine-grained-activation-offloading",
+        _truthy("fine_grained_activation_offloading"),
+        _STATIC,
+    ),
+    Refusal(
+        "--cpu-offloading-num-layers",
+        lambda args: (
+            getattr(args, "cpu_offloading", None)
+            or getattr(args, "cpu_offloading_num_layers", None)
+        ),
+        "works on the hidden states between layers, which dropped layers do not pass on",
+        "use --recompute-granularity full",
+    ),
+    Refusal("--use-megatron-fsdp", _truthy("use_megatron_fsdp"), "is not tested with random-LTD"),
+    Refusal("--use-torch-fsdp2", _truthy("use_torch_fsdp2"), "is not tested with random-LTD"),
+    Refusal(
+        "--tensor-parallel-num-weight-shards",
+        lambda args: getattr(args, "gtp_weight_remat_size", 1) > 1,
+        "gives the ranks of a data-parallel replica different samples",
+    ),
+    Refusal("--sft", _truthy("sft"), "packs samples of different lengths"),
+    Refusal(
+        "--dataloader-inter-document-masking",
+        _truthy("dataloader_inter_document_masking"),
+        "packs documents of different lengths",
+        "use --reset-attention-mask",
+    ),
+    Refusal(
+        "fused_single_qkv_rope of the TransformerConfig",
+        _truthy("fused_single_qkv_rope"),
+        "takes one set of positions for all samples",
+        "set it to False",
+    ),
+)
+
+
+def refused(args: Any) -> list[str]:
+    """Return a sentence for every Megatron feature in use that random-LTD refuses."""
+    return [
+        f"{refusal.flag} {refusal.why}: {refusal.way_out}"
+        for refusal in REFUSALS
+        if refusal.used(args)
+    ]
+
+
+def validate(args: Any) -> Resolved:
+    """Return what a run with Megatron's validated arguments needs.
+
+    Raises:
+        ConfigError: Naming every unsupported feature and every wrong option.
+    """
+    problems = refused(args)
+    try:
+        resolved = resolve(config_from_args(args), model_from_args(args))
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return resolved

@@ -1,0 +1,182 @@
+import argparse
+import dataclasses
+
+import pytest
+
+from megatron_rltd.config import (
+    ConfigError,
+    Model,
+    RandomLTDConfig,
+    add_arguments,
+    config_from_args,
+    parse_layers,
+    resolve,
+)
+from megatron_rltd.schedule import Schedule
+
+MODEL = Model(seq_length=256, num_layers=8)
+GOOD = RandomLTDConfig(min_tokens=64, ramp_iters=100, increment=16)
+
+
+def changed(**options):
+    return dataclasses.replace(GOOD, **options)
+
+
+def test_defaults_of_a_resolved_config():
+    resolved = resolve(GOOD, MODEL)
+    assert resolved.dropped_layers == (2, 3, 4, 5, 6, 7)
+    assert resolved.strata == 1
+    assert resolved.seed == 1234
+    assert resolved.schedule == Schedule(256, 64, 100, 16, 1)
+    assert resolved.position(iteration=5, consumed_samples=80) == 5
+
+
+def test_ramp_in_samples_and_constant():
+    resolved = resolve(changed(ramp_iters=None, ramp_samples=800), MODEL)
+    assert resolved.schedule.ramp_length == 800
+    assert resolved.position(iteration=5, consumed_samples=80) == 80
+    constant = resolve(changed(ramp_iters=None, constant=True), MODEL)
+    assert constant.schedule.kept_tokens(10**9) == 64
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "asked", "strata"),
+    [(1, 1, 0, 1), (2, 1, 0, 2), (1, 2, 0, 4), (4, 2, 0, 16), (2, 2, 16, 16), (1, 1, 16, 16)],
+)
+def test_strata_of_a_layout(tp, cp, asked, strata):
+    model = dataclasses.replace(MODEL, sequence_parallel_size=tp, context_parallel_size=cp)
+    assert resolve(changed(strata=asked), model).strata == strata
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [(None, (2, 3, 4, 5, 6, 7)), ("3", (3,)), ("2-4,6, 8", (2, 3, 4, 6, 8)), ("5,3-4", (3, 4, 5))],
+)
+def test_layers(text, layers):
+    assert parse_layers(text, 8) == layers
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "messages"),
+    [
+        (
+            changed(ramp_iters=None),
+            MODEL,
+            ["exactly one of --random-ltd-ramp-iters", "given: none"],
+        ),
+        (
+            changed(ramp_samples=5),
+            MODEL,
+            ["given: --random-ltd-ramp-iters, --random-ltd-ramp-samples"],
+        ),
+        (changed(constant=True), MODEL, ["--random-ltd-ramp-iters, --random-ltd-constant"]),
+        (changed(ramp_iters=0), MODEL, ["--random-ltd-ramp-iters 0 must be positive"]),
+        (changed(increment=0), MODEL, ["--random-ltd-increment 0 must be positive"]),
+        (changed(root_degree=0), MODEL, ["--random-ltd-root-degree 0 must be positive"]),
+        (changed(min_tokens=512), MODEL, ["--random-ltd-min-tokens 512", "--seq-length 256"]),
+        (changed(min_tokens=0), MODEL, ["--random-ltd-min-tokens 0 must be between 1"]),
+        (changed(layers="2-9"), MODEL, ["--random-ltd-layers 2-9", "from 1 to 8", "[9]"]),
+        (changed(layers="0"), MODEL, ["from 1 to 8", "[0]"]),
+        (changed(layers="2,2-3"), MODEL, ["at most once; wrong: [2]"]),
+        (changed(layers="two"), MODEL, ["'two' is neither a number nor a range"]),
+        (changed(layers="3-"), MODEL, ["'3-' is neither a number nor a range"]),
+        (changed(layers="5-3"), MODEL, ["'5-3' is neither a number nor a range"]),
+        (GOOD, Model(256, 2), ["--num-layers 2 has no middle layer", "--random-ltd-layers"]),
+        (changed(strata=-1), MODEL, ["--random-ltd-strata -1 must not be negative"]),
+        (
+            changed(strata=6),
+            Model(256, 8, sequence_parallel_size=4),
+            ["--random-ltd-strata 6 must be a multiple of 4"],
+        ),
+        (changed(strata=3), MODEL, ["--seq-length 256 must be a multiple", "strata, 3"]),
+        (changed(min_tokens=60, strata=8), MODEL, ["--random-ltd-min-tokens 60 must be"]),
+        (changed(increment=4, strata=8), MODEL, ["--random-ltd-increment 4 must be"]),
+        (
+            changed(increment=8),
+            Model(256, 8, sequence_parallel_size=2, context_parallel_size=4),
+            ["--random-ltd-increment 8 must be a multiple of the number of strata, 16"],
+        ),
+        (
+            GOOD,
+            Model(256, 8, micro_batch_size=2, row_multiple=32, context_parallel_size=2),
+            ["--random-ltd-increment 16 must be a multiple of 32", "FP8"],
+        ),
+    ],
+)
+def test_wrong_options_are_named(config, model, messages):
+    with pytest.raises(ConfigError) as error:
+        resolve(config, model)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_fp8_rows_count_the_micro_batch():
+    model = Model(256, 8, micro_batch_size=2, row_multiple=32)
+    assert resolve(GOOD, model).strata == 1
+    with pytest.raises(ConfigError, match="--random-ltd-increment 8 must be a multiple of 16"):
+        resolve(changed(increment=8), model)
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(ConfigError) as error:
+        resolve(RandomLTDConfig(min_tokens=999, increment=0, layers="x"), MODEL)
+    assert len(error.value.problems) == 4
+
+
+EXPECTED_FLAGS = {
+    "--random-ltd": "random_ltd",
+    "--random-ltd-min-tokens": "random_ltd_min_tokens",
+    "--random-ltd-ramp-iters": "random_ltd_ramp_iters",
+    "--random-ltd-ramp-samples": "random_ltd_ramp_samples",
+    "--random-ltd-increment": "random_ltd_increment",
+    "--random-ltd-root-degree": "random_ltd_root_degree",
+    "--random-ltd-constant": "random_ltd_constant",
+    "--random-ltd-layers": "random_ltd_layers",
+    "--random-ltd-strata": "random_ltd_strata",
+    "--random-ltd-shared-indices": "random_ltd_shared_indices",
+    "--random-ltd-seed": "random_ltd_seed",
+    "--random-ltd-backend": "random_ltd_backend",
+    "--random-ltd-preflight": "random_ltd_preflight",
+}
+
+
+def test_flags_are_frozen():
+    parser = add_arguments(argparse.ArgumentParser())
+    actions = [a for a in parser._actions if a.option_strings[0] != "-h"]
+    assert {a.option_strings[0]: a.dest for a in actions} == EXPECTED_FLAGS
+    assert all(len(action.help) > 20 for action in actions)
+
+
+def test_adding_arguments_twice_is_harmless():
+    parser = add_arguments(add_arguments(argparse.ArgumentParser()))
+    assert not parser.parse_args([]).random_ltd
+
+
+def test_flags_make_the_config():
+    parser = add_arguments(argparse.ArgumentParser())
+    assert config_from_args(parser.parse_args(["--random-ltd"])) == RandomLTDConfig()
+    args = parser.parse_args(
+        "--random-ltd --random-ltd-min-tokens 64 --random-ltd-ramp-samples 100 "
+        "--random-ltd-increment 8 --random-ltd-root-degree 2 --random-ltd-layers 2-3 "
+        "--random-ltd-strata 4 --random-ltd-shared-indices --random-ltd-seed 7 "
+        "--random-ltd-backend torch --random-ltd-preflight".split()
+    )
+    assert config_from_args(args) == RandomLTDConfig(
+        min_tokens=64,
+        ramp_samples=100,
+        increment=8,
+        root_degree=2,
+        layers="2-3",
+        strata=4,
+        shared_indices=True,
+        seed=7,
+        backend="torch",
+        preflight=True,
+    )
+
+
+def test_unknown_backend_is_refused(capsys):
+    parser = add_arguments(argparse.ArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--random-ltd-backend", "fast"])
+    assert "--random-ltd-backend" in capsys.readouterr().err

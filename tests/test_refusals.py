@@ -1,0 +1,89 @@
+import argparse
+
+import pytest
+
+from megatron_rltd.config import ConfigError, add_arguments
+from megatron_rltd.refusals import REFUSALS, refused, validate
+
+# How a user asks for each refused feature.
+COMMAND_LINES = {
+    "--yaml-cfg": "--yaml-cfg x.yaml",
+    "--overlap-moe-expert-parallel-comm": "--overlap-moe-expert-parallel-comm",
+    "--cuda-graph-impl": "--cuda-graph-impl local",
+    "--perform-rl-step": "--perform-rl-step",
+    "--tp-comm-overlap": "--tp-comm-overlap",
+    "--multi-latent-attention": "--multi-latent-attention",
+    "--experimental-attention-variant": "--experimental-attention-variant dsa",
+    "--hybrid-context-parallel": "--hybrid-context-parallel",
+    "--hybrid-layer-pattern": "--hybrid-layer-pattern M*M*",
+    "--moe-flex-dispatcher-backend hybridep": "--moe-token-dispatcher-type flex "
+    "--moe-flex-dispatcher-backend hybridep",
+    "--moe-paged-stash": "--moe-paged-stash",
+    "--moe-expert-rank-capacity-factor": "--moe-expert-rank-capacity-factor 1.5",
+    "--calculate-per-token-loss with --num-experts": "--calculate-per-token-loss --num-experts 4",
+    "--window-size": "--window-size 64,0",
+    "--fine-grained-activation-offloading": "--fine-grained-activation-offloading",
+    "--cpu-offloading-num-layers": "--cpu-offloading-num-layers 2",
+    "--use-megatron-fsdp": "--use-megatron-fsdp",
+    "--use-torch-fsdp2": "--use-torch-fsdp2",
+    "--tensor-parallel-num-weight-shards": None,  # derived by Megatron's validation
+    "--sft": "--sft",
+    "--dataloader-inter-document-masking": "--dataloader-inter-document-masking",
+    "fused_single_qkv_rope of the TransformerConfig": None,  # has no flag
+}
+MODEL = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 "
+    "--micro-batch-size 2 --random-ltd --random-ltd-min-tokens 16 --random-ltd-ramp-iters 5"
+)
+
+
+@pytest.fixture(scope="module")
+def parser():
+    from megatron.training.arguments import add_megatron_arguments
+
+    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def test_every_refusal_has_a_command_line():
+    assert set(COMMAND_LINES) == {refusal.flag for refusal in REFUSALS}
+
+
+def test_an_ordinary_run_is_not_refused(parser):
+    args = parser.parse_args(MODEL.split())
+    assert refused(args) == []
+    assert validate(args).dropped_layers == (2, 3)
+
+
+@pytest.mark.parametrize("flag", sorted(f for f, line in COMMAND_LINES.items() if line))
+def test_refused_features(parser, flag):
+    args = parser.parse_args([*MODEL.split(), *COMMAND_LINES[flag].split()])
+    problems = refused(args)
+    assert len(problems) == 1
+    assert problems[0].startswith(flag)
+    with pytest.raises(ConfigError, match=flag.split()[0]):
+        validate(args)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("gtp_weight_remat_size", 2), ("fused_single_qkv_rope", True)]
+)
+def test_features_without_a_flag_of_their_own(parser, name, value):
+    args = parser.parse_args(MODEL.split())
+    setattr(args, name, value)
+    assert len(refused(args)) == 1
+
+
+def test_all_problems_are_reported_at_once(parser):
+    line = f"{MODEL} --sft --tp-comm-overlap --random-ltd-layers 9"
+    with pytest.raises(ConfigError) as error:
+        validate(parser.parse_args(line.split()))
+    assert len(error.value.problems) == 3
+
+
+def test_a_transformer_config_is_refused_alike():
+    from megatron.core.transformer import TransformerConfig
+
+    plain = TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4)
+    assert refused(plain) == []
+    plain.tp_comm_overlap = True
+    assert refused(plain)[0].startswith("--tp-comm-overlap")
