@@ -1,0 +1,171 @@
+"""Replace attributes of imported modules: resolve every one, check every one, then apply.
+
+Knows nothing of Megatron or random-LTD. A `Patch` is data; `apply` either applies all of them or
+raises `PatchError` having touched nothing; the `Applied` it returns puts the originals back.
+
+    applied = apply([Patch("package.module:Class.method", wrapper, "why")])
+    ...
+    applied.revert()
+"""
+
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class PatchError(RuntimeError):
+    """A patch does not fit the module it is meant for. Nothing has been applied."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One attribute to replace.
+
+    Attributes:
+        target: ``"package.module:attribute"`` or ``"package.module:Class.attribute"``.
+        wrapper: Called once with the original, returns the replacement.
+        reason: Why this symbol, in one sentence; printed in the table of patches.
+        parameters: Names of the target's parameters that the wrapper relies on.
+        copies: Packages in which modules may hold the original under the same name and keep it.
+            In any other module such a copy is an error, since it would bypass the patch.
+        create: The attribute need not exist; the wrapper then gets None, and `revert` deletes it.
+    """
+
+    target: str
+    wrapper: Callable[[Any], Any]
+    reason: str
+    parameters: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
+    create: bool = False
+
+    def resolve(self) -> tuple[Any, str, Any]:
+        """Return (object that owns the attribute, attribute name, original value)."""
+        module_name, _, path = self.target.partition(":")
+        try:
+            owner = importlib.import_module(module_name)
+            *parents, name = path.split(".")
+            for parent in parents:
+                owner = getattr(owner, parent)
+            # A class attribute is taken from the class itself, so that staticmethods stay
+            # staticmethods and `revert` does not turn an inherited attribute into an own one.
+            inherited = getattr(owner, name, None) if self.create else getattr(owner, name)
+            original = vars(owner).get(name, inherited)
+        except (ImportError, AttributeError) as error:
+            raise PatchError(f"{self.target} does not exist: {error}") from error
+        return owner, name, original
+
+
+class Applied:
+    """The patches that one call of `apply` put in force."""
+
+    def __init__(self, patches: tuple[Patch, ...]):
+        self.patches = patches
+        self._undo: list[Callable[[], None]] = []
+
+    def on_revert(self, undo: Callable[[], None]) -> None:
+        """Have `revert` call `undo`, before what was registered earlier."""
+        self._undo.append(undo)
+
+    def revert(self) -> None:
+        """Put every original back, newest first. Reverting twice is harmless."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+
+# Every patch applied and not reverted, so that none is applied twice.
+_IN_FORCE: list[Patch] = []
+
+
+def _replace(patch: Patch, applied: Applied) -> None:
+    owner, name, original = patch.resolve()
+    owned = name in vars(owner)
+    replacement = patch.wrapper(original)
+    setattr(owner, name, replacement)
+    _IN_FORCE.append(patch)
+
+    def undo() -> None:
+        if vars(owner).get(name) is not replacement:
+            raise PatchError(f"{patch.target} was patched again since: revert the newer one first")
+        if owned:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+        _IN_FORCE.remove(patch)
+
+    applied.on_revert(undo)
+
+
+def fingerprint(function: Any) -> str:
+    """Return 16 hex digits of the SHA-256 of a function's source text, docstring and all."""
+    source = inspect.getsource(inspect.unwrap(function))
+    text = "\n".join(line.rstrip() for line in source.strip().splitlines())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check(patch: Patch, known: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return what is wrong with `patch` in this process, as sentences; empty if nothing is.
+
+    Args:
+        known: Target to the fingerprints it was tested with. A target that is absent from it is
+            not fingerprinted (a C function has no source, say).
+    """
+    try:
+        _, name, original = patch.resolve()
+    except PatchError as error:
+        return [str(error)]
+    problems = []
+    if patch in _IN_FORCE:
+        return [f"{patch.target} is patched already"]
+    if patch.parameters:
+        missing = set(patch.parameters) - set(inspect.signature(original).parameters)
+        if missing:
+            problems.append(f"{patch.target} has no parameter {', '.join(sorted(missing))}")
+    if patch.target in known:
+        found = fingerprint(original)
+        if found not in known[patch.target]:
+            problems.append(f"{patch.target} has source fingerprint {found}, never tested")
+    module_name = patch.target.partition(":")[0]
+    if callable(original) and "." not in patch.target.partition(":")[2]:
+        allowed = tuple(f"{prefix}." for prefix in (module_name, *patch.copies))
+        for other_name, other in list(sys.modules.items()):
+            if other is None or f"{other_name}.".startswith(allowed):
+                continue
+            if vars(other).get(name) is original:
+                problems.append(
+                    f"{other_name} imported {patch.target} by name before it could be patched"
+                )
+    return problems
+
+
+def apply(patches: Iterable[Patch], known: Mapping[str, Iterable[str]] | None = None) -> Applied:
+    """Apply all patches or none.
+
+    Args:
+        patches: Applied in this order.
+        known: See `check`.
+
+    Raises:
+        PatchError: Naming every patch that does not fit. Nothing has been applied then.
+    """
+    patches = tuple(patches)
+    targets = [patch.target for patch in patches]
+    problems = [
+        f"{t} is listed twice" for t in sorted({t for t in targets if targets.count(t) > 1})
+    ]
+    for patch in patches:
+        problems += check(patch, known or {})
+    if problems:
+        raise PatchError("; ".join(problems))
+    applied = Applied(patches)
+    try:
+        for patch in patches:
+            _replace(patch, applied)
+    except BaseException:
+        applied.revert()
+        raise
+    return applied
