@@ -1,0 +1,163 @@
+"""What Megatron takes from Apex or Transformer Engine on a GPU, in plain torch for `cpu`.
+
+An Adam for the distributed optimizer, norms under sequence parallelism and attention under context
+parallelism. Each function named after a Megatron symbol is a `patching.Patch` wrapper.
+
+Shapes below: s sequence, b micro batch, n heads, d head size, c context-parallel size.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+
+from megatron_rltd.shards import context_parallel_strata
+
+
+class GroupStepAdam(torch.optim.Optimizer):
+    """Adam that counts steps per parameter group, as the FusedAdam of Apex and TE does.
+
+    Megatron's distributed optimizer is written for that layout. With torch's own (a step tensor in
+    each parameter's state) it cannot resume: its load gives all parameters one shared step tensor
+    (``megatron/core/optimizer/distrib_optimizer.py``), which torch then increments once for each.
+
+    Args:
+        adam_w_mode: Decoupled weight decay (AdamW) if True, L2 regularisation (Adam) if False.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ):
+        self.adam_w_mode = adam_w_mode
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            adam(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(group["step"] - 1)) for _ in params],
+                fused=True,
+                decoupled_weight_decay=self.adam_w_mode,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def norm_under_sequence_parallel(original):
+    """Let torch's norms run under sequence parallelism.
+
+    Each TP rank sees s/t rows, so the gradients of the norm's parameters must be summed over TP
+    ranks; Megatron does that for parameters marked ``sequence_parallel``
+    (``megatron/core/distributed/finalize_model_grads.py``).
+    """
+
+    @functools.wraps(original)
+    def new(cls, config, *args, **kwargs):
+        if not config.sequence_parallel:
+            return original(cls, config, *args, **kwargs)
+        norm = original(cls, _replaced(config, sequence_parallel=False), *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    return staticmethod(new)
+
+
+def _replaced(config: Any, **changes: Any) -> Any:
+    """Return a shallow copy of a config, changed without running its validation again."""
+    copy = object.__new__(type(config))
+    copy.__dict__.update(config.__dict__, **changes)
+    return copy
+
+
+def reduce_from_tensor_model_parallel_region(original):
+    """Return the input itself where there is nothing to reduce.
+
+    Megatron's autograd function returns it as a view of itself, which the MoE layer with biases
+    then adds to in place: an error in torch. With TE's linear layers this does not arise.
+    """
+
+    @functools.wraps(original)
+    def reduce(input_, group=None):
+        from megatron.core.utils import get_tensor_model_parallel_group_if_none
+
+        if get_tensor_model_parallel_group_if_none(group).size() == 1:
+            return input_
+        return original(input_, group)
+
+    return reduce
+
+
+def attention_init(original):
+    """Build torch's attention under context parallelism as if there were none."""
+
+    @functools.wraps(original)
+    def init(self, config, *args, **kwargs):
+        original(self, _replaced(config, context_parallel_size=1), *args, **kwargs)
+        self.config = config
+
+    return init
+
+
+def attention_forward(original):
+    """Attention under context parallelism: all-gather keys and values, mask by true positions."""
+
+    @functools.wraps(original)
+    def forward(self, query, key, value, attention_mask, *args, **kwargs):
+        if self.config.context_parallel_size > 1:
+            key, value, attention_mask = _gather_context(self, query, key, value, attention_mask)
+        return original(self, query, key, value, attention_mask, *args, **kwargs)
+
+    return forward
+
+
+def _gather_context(attention, query, key, value, attention_mask):
+    """Return keys and values of the whole sequence, and the mask of this rank's queries.
+
+    Args:
+        query, key, value: [s/c, b, n, d], this rank's two chunks.
+        attention_mask: None (causal) or bool [b, 1, s/c, s], True where masked.
+
+    Returns:
+        key and value [s, b, n, d] in the order of the sequence, and a mask [., 1, s/c, s].
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+    from megatron.core.transformer.enums import AttnMaskType
+
+    group = parallel_state.get_context_parallel_group()
+    rank, size = group.rank(), group.size()
+    length = query.size(0) * size
+    chunks = torch.arange(length).view(2 * size, -1)
+    held = [chunks[context_parallel_strata(2 * size, r, size)].flatten() for r in range(size)]
+    mine, order = held[rank], torch.cat(held).argsort()
+    key = gather_from_sequence_parallel_region(key, group=group)[order]
+    value = gather_from_sequence_parallel_region(value, group=group)[order]
+    if attention_mask is None and attention.attn_mask_type == AttnMaskType.causal:
+        attention_mask = (mine[:, None] < torch.arange(length)[None, :])[None, None]
+    return key, value, attention_mask

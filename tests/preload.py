@@ -1,0 +1,16 @@
+"""Imported once by the server that the test ranks are forked from."""
+
+import logging
+import os
+import warnings
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+warnings.filterwarnings("ignore")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+import megatron.training.training  # noqa: E402, F401
+import tensorboard  # noqa: E402, F401
+
+import megatron_rltd.cpu  # noqa: E402
+import megatron_rltd.megatron_loop  # noqa: E402, F401

@@ -1,0 +1,166 @@
+import copy
+
+import pytest
+import torch
+
+from megatron_rltd import cpu
+from megatron_rltd.cpu_modules import GroupStepAdam
+from tests.parallel import run
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_group_step_adam_equals_torch(decoupled, weight_decay):
+    options = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": weight_decay}
+    ours = [torch.randn(5, 3, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    theirs = [copy.deepcopy(p) for p in ours]
+    adam = torch.optim.AdamW if decoupled else torch.optim.Adam
+    optimizers = GroupStepAdam(ours, adam_w_mode=decoupled, **options), adam(theirs, **options)
+    for step in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        if step == 2:
+            ours[0].grad = theirs[0].grad = None
+        for optimizer in optimizers:
+            optimizer.step()
+        if step < 2:  # torch counts steps per parameter, the group's count goes on
+            for p, q in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+    assert optimizers[0].param_groups[0]["step"] == 4
+
+
+def test_group_step_adam_resumes_from_its_state():
+    parameter = torch.randn(4, requires_grad=True)
+    optimizer = GroupStepAdam([parameter])
+    parameter.grad = torch.randn(4)
+    optimizer.step()
+    other = parameter.detach().clone().requires_grad_()
+    resumed = GroupStepAdam([other])
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.grad = parameter.grad.clone()
+    optimizer.step()
+    resumed.step()
+    assert torch.equal(parameter, other)
+
+
+def names_in_force():
+    return {patch.target: patch.resolve()[2] for patch in cpu.PATCHES}
+
+
+def test_enable_is_reversible():
+    before = names_in_force()
+    with cpu.enabled():
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.zeros(2).to("cuda").cuda().pin_memory().device.type == "cpu"
+        assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+        assert (
+            torch.tensor([1], device=torch.device("cuda:0"), pin_memory=True).device.type == "cpu"
+        )
+        assert not torch.cuda.is_available()
+    after = names_in_force()
+    assert all(after[name] is value for name, value in before.items())
+    assert torch.zeros(2).type() == "torch.FloatTensor"
+
+
+def test_enable_is_refused_where_there_is_cuda(monkeypatch):
+    before = names_in_force()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="only for machines without a CUDA device"):
+        cpu.enable()
+    assert all(names_in_force()[name] is value for name, value in before.items())
+
+
+def test_tensors_are_made_on_the_cpu_inside_backward_too():
+    class MakesTensors(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * torch.ones(1, device="cuda")
+
+    with cpu.enabled():
+        x = torch.ones(3, requires_grad=True)
+        MakesTensors.apply(x).sum().backward()
+    assert x.grad.tolist() == [1, 1, 1]
+
+
+def test_arguments_that_need_a_gpu_are_switched_off():
+    class Arguments:
+        distributed_backend = "nccl"
+        transformer_impl = "transformer_engine"
+        bias_gelu_fusion = True
+        seq_length = 64
+
+    args = Arguments()
+    changed = cpu.set_arguments(args)
+    assert args.distributed_backend == "gloo"
+    assert args.transformer_impl == "local"
+    assert args.bias_gelu_fusion is False
+    assert args.seq_length == 64
+    assert sorted(changed) == [
+        "bias_gelu_fusion=False",
+        "distributed_backend=gloo",
+        "transformer_impl=local",
+    ]
+
+
+def _attention(context_parallel, grouped, explicit):
+    """Return attention and its gradients on a context-parallel layout, gathered in order."""
+    import megatron.core.parallel_state as mpu
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_rltd.shards import context_parallel_strata
+
+    cpu.enable()
+    torch.distributed.init_process_group("gloo")
+    mpu.initialize_model_parallel(context_parallel_size=context_parallel)
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    s, b, n, groups, d = 16, 2, 4, 2 if grouped else 4, 8
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=n * d,
+        num_attention_heads=n,
+        num_query_groups=groups,
+        context_parallel_size=context_parallel,
+        attention_dropout=0.0,
+        masked_softmax_fusion=False,
+    )
+    attention = DotProductAttention(config, 1, AttnMaskType.causal, "self")
+    generator = torch.Generator().manual_seed(5)
+    whole = [
+        torch.randn(s, b, heads, d, generator=generator, dtype=torch.float64)
+        for heads in (n, groups, groups)
+    ]
+    upstream = torch.randn(s, b, n * d, generator=generator, dtype=torch.float64)
+    mask = torch.rand(b, 1, s, s, generator=generator) < 0.4
+    mask &= ~torch.eye(s).bool()
+    rank = mpu.get_context_parallel_rank()
+    strata = context_parallel_strata(2 * context_parallel, rank, context_parallel)
+    rows = torch.arange(s).view(2 * context_parallel, -1)[strata].flatten()
+    local = [t[rows].requires_grad_() for t in whole]
+    out = attention(*local, mask[:, :, rows] if explicit else None)
+    grads = torch.autograd.grad(out, local, upstream[rows])
+    return {"rows": rows.tolist(), "values": [t.tolist() for t in (out.detach(), *grads)]}
+
+
+@pytest.mark.parametrize(("grouped", "explicit"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_attention_under_context_parallelism(size, grouped, explicit):
+    (alone,) = run(1, _attention, 1, grouped, explicit)
+    order = torch.tensor(alone["rows"]).argsort()
+    whole = [torch.tensor(v, dtype=torch.float64)[order] for v in alone["values"]]
+    ranks = run(size, _attention, size, grouped, explicit)
+    rows = torch.cat([torch.tensor(r["rows"]) for r in ranks])
+    assert rows.sort().values.tolist() == list(range(16))
+    for i, expected in enumerate(whole):
+        parts = [torch.tensor(r["values"][i], dtype=torch.float64) for r in ranks]
+        got = torch.cat(parts)[rows.argsort()]
+        assert expected.abs().max() > 0.01
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
