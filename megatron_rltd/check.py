@@ -1,0 +1,56 @@
+"""``python -m megatron_rltd --check``: what is installed here, and what would be patched."""
+
+import platform
+import textwrap
+import warnings
+
+from megatron_rltd import __version__, patching, versions
+
+PACKAGES = ("megatron-core", "transformer-engine", "tensorboard", "matplotlib", "tokenizers")
+
+
+def main() -> int:
+    """Print the report; return 0 if random-LTD can run here and 1 if not."""
+    warnings.filterwarnings("ignore")  # Megatron's, of what it does not find on a CPU
+    import torch
+
+    from megatron_rltd import cpu, patches
+
+    rows = [("megatron_rltd", __version__), ("Python", platform.python_version())]
+    rows.append(("torch", torch.__version__))
+    rows += [(name, versions.package_version(name) or "not installed") for name in PACKAGES]
+    rows.append(("device", "CPU (gloo)" if cpu.is_needed() else torch.cuda.get_device_name()))
+    rows.append(("token moves", "torch"))
+    try:
+        rows.append(("Megatron in use", versions.megatron_version()))
+    except ImportError as error:
+        _print(rows)
+        print(f"\nmegatron-core does not import: {error}\npip install 'megatron-core[training]'")
+        return 1
+    rows.append(("tested with", ", ".join(versions.tested_versions())))
+    _print(rows)
+    problems = versions.problems()
+    print("\nPatched with --random-ltd:")
+    for patch in patches.PATCHES:
+        found = patching.check(patch, versions.known())
+        problems += found
+        print(
+            f"  {'ok     ' if not found else 'PROBLEM'}  {patch.target}\n           {patch.reason}"
+        )
+    if cpu.is_needed():
+        print("\nPatched to present the CPU to Megatron as its device:")
+        for reason in dict.fromkeys(patch.reason for patch in cpu.PATCHES):
+            targets = [patch.target for patch in cpu.PATCHES if patch.reason == reason]
+            print(textwrap.fill(", ".join(targets), 98, initial_indent="  ", subsequent_indent="  "))
+            print(f"           {reason}")
+    print("\nOverridden on the attached model's own block and layers, or relied on:")
+    for symbol in versions.RELIED_ON:
+        print(f"  {symbol}")
+    print("".join(f"\nPROBLEM: {problem}" for problem in problems) or "\nrandom-LTD can run here.")
+    return 1 if problems else 0
+
+
+def _print(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
