@@ -1,0 +1,296 @@
+"""Compare Megatron training runs by what their TensorBoard folders say: a table and a plot.
+
+    python tools/compare_runs.py dense=runs/dense/tensorboard random-LTD=runs/ltd/tensorboard \\
+        --plot comparison.png
+
+Each folder is the --tensorboard-dir of a run; nothing else need be given. For the savings, train
+with --log-throughput --log-timers-to-tensorboard.
+
+LayerTokens are the tokens that each layer processed, summed over layers. Runs that read the same
+samples are compared iso-data, runs that processed the same LayerTokens iso-compute.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterator
+from itertools import batched, pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from run_logs import (
+    ITERATION_TIME,
+    KEPT_TOKENS,
+    LAYER_TOKENS,
+    LOSS,
+    SAMPLE_FLOPS,
+    SAMPLES,
+    VALIDATION,
+    WARM_UP,
+    LogError,
+    Points,
+    Run,
+    at_or_after,
+    read_run,
+    total_flops,
+    total_seconds,
+    validation,
+)
+
+ISO_COMPUTE_TOLERANCE = 0.01
+LEAST_SAVING = 0.01  # below it the share realised is a quotient of noise
+LOUD = 0.05  # typical change of the iteration time from one log interval to the next
+# Arguments that must agree for a difference between runs to be due to dropping.
+SHARED = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_experts seq_length "
+    "global_batch_size micro_batch_size tensor_model_parallel_size "
+    "pipeline_model_parallel_size context_parallel_size recompute_granularity params_dtype fp8"
+).split()
+# {heading: (key of a row, format)}
+COLUMNS = {
+    "run": ("run", "{}"),
+    "val. loss": ("validation_loss", "{:.4f}"),
+    "at iteration": ("validation_iteration", "{:,}"),
+    "samples": ("samples", "{:,}"),
+    "LayerTokens": ("layer_tokens", ""),
+    "LayerTokens per sample": ("layer_tokens_per_sample", "{:.1%}"),
+    "compute saved": ("compute_saved", "{:.1%}"),
+    "wall-clock saved": ("wall_clock_saved", "{:.1%}"),
+    "saving realised": ("saving_realised", "{:.0%}"),
+}
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito
+DASHES = "- -- -. :".split()
+
+
+def summarise(runs: dict[str, Run], baseline: str) -> list[dict[str, Any]]:
+    """Return the rows of the table at full precision; None is unknown."""
+    rows = [_row(name, run, runs[baseline]) for name, run in runs.items()]
+    return [{key: None if value != value else value for key, value in r.items()} for r in rows]
+
+
+def _row(name: str, run: Run, base: Run) -> dict[str, Any]:
+    losses = validation(run)[1]
+    samples, tokens, flops = run.last(SAMPLES), run.last(LAYER_TOKENS), total_flops(run)
+    seconds = total_seconds(run)
+    same_part = run is not base and run.start == base.start
+    same_gpus = same_part and run.world_sizes == base.world_sizes
+    saved = 1 - flops / total_flops(base) if same_part else math.nan
+    faster = 1 - seconds / total_seconds(base) if same_gpus else math.nan
+    of_base = tokens / base.last(LAYER_TOKENS)
+    return {
+        "run": name,
+        "validation_loss": next(reversed(losses.values()), math.nan),
+        "validation_iteration": max(losses, default=math.nan),
+        "iteration": max(run.points(SAMPLES)),
+        "samples": samples,
+        "layer_tokens": tokens,
+        "layer_tokens_per_sample": of_base / (samples / base.last(SAMPLES)),
+        "flops": flops,
+        "seconds": seconds,
+        "compute_saved": saved,
+        "wall_clock_saved": faster,
+        "saving_realised": faster / saved if saved >= LEAST_SAVING else math.nan,
+        "iso_data": samples == base.last(SAMPLES),
+        "iso_compute": abs(of_base - 1) <= ISO_COMPUTE_TOLERANCE,
+    }
+
+
+def verdict(rows: list[dict[str, Any]], baseline: str) -> str:
+    """Say in one line what each run has in common with the baseline."""
+    said = {
+        (True, True): "iso-data and iso-compute (same samples, same LayerTokens)",
+        (True, False): "iso-data (same samples)",
+        (False, True): f"iso-compute (LayerTokens within {ISO_COMPUTE_TOLERANCE:.0%})",
+        (False, False): "neither iso-data nor iso-compute, so its savings mean little",
+    }
+    others = (row for row in rows if row["run"] != baseline)
+    kinds = (f"{row['run']} is {said[row['iso_data'], row['iso_compute']]}" for row in others)
+    return f"compared with {baseline}: " + "; ".join(kinds)
+
+
+def notes(runs: dict[str, Run], baseline: str) -> list[str]:
+    """Say how the numbers came about, and why some are missing or doubtful."""
+    names: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        for note in _notes(run, runs[baseline], baseline):
+            names.setdefault(note, []).append(name)
+    lines = [f"LayerTokens per sample and savings are relative to {baseline}"]
+    if any(run.points(ITERATION_TIME) for run in runs.values()):
+        lines.append(
+            "wall-clock is training time, without validation and checkpoints; in every run the "
+            "first log interval of each start (warm-up) counts at the pace of the next one"
+        )
+    return lines + [f"{', '.join(of)}: {note}" for note, of in names.items()]
+
+
+def _notes(run: Run, base: Run, baseline: str) -> Iterator[str]:
+    tag, losses = validation(run)
+    times = run.points(ITERATION_TIME)
+    if not losses:
+        yield "no validation loss in the log: train with --eval-interval and --eval-iters"
+    elif tag != VALIDATION:
+        yield f"there are several validation sets, the loss is '{tag}'"
+    if not times or not run.points(SAMPLE_FLOPS):
+        yield (
+            "no iteration time or no throughput in the log: train with --log-timers-to-tensorboard "
+            "and --log-throughput, and longer than --log-interval"
+        )
+    if not run.points(LAYER_TOKENS) or not run.points(KEPT_TOKENS):
+        yield f"random-LTD is on, but '{LAYER_TOKENS}' or '{KEPT_TOKENS}' is not in the log"
+    if times and times == run.points(WARM_UP):
+        yield "only one log interval, so the time includes warm-up: use a smaller --log-interval"
+    if len(times) > 1:
+        jitter = median(abs(b - a) for a, b in pairwise(times.values())) / median(times.values())
+        if jitter > LOUD:
+            yield f"neighbouring log intervals differ by over {LOUD:.0%}, so wall-clock is rough"
+    if run.start != base.start:
+        yield f"no savings, its log begins at iteration {run.start}, {baseline}'s at {base.start}"
+    if run.world_sizes != base.world_sizes:
+        yield "no wall-clock saved, the runs are on different numbers of GPUs"
+    pairs = {name: (run.args.get(name), base.args.get(name)) for name in SHARED}
+    unequal = [
+        f"{name} {ours}, not {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs
+    ]
+    if unequal:
+        yield f"unlike {baseline} in more than dropping: {'; '.join(unequal)}"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return a row of the table as people read it."""
+    return [
+        "-" if row[key] is None else form.format(row[key]) if form else _count(row[key])
+        for key, form in COLUMNS.values()
+    ]
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number < 1e9 else f"{number / 1e9:,.3f} B"
+
+
+def table(rows: list[dict[str, Any]], markdown: bool = False) -> str:
+    """Return the table, aligned; names to the left, numbers to the right."""
+    lines = [list(COLUMNS), *(cells(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if markdown:
+        lines.insert(1, ["-" * (w - 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)])
+    specs = [f"{'>' if i else '<'}{w}" for i, w in enumerate(widths)]
+    aligned = [[format(t, spec) for t, spec in zip(line, specs, strict=True)] for line in lines]
+    left, between, right = ("| ", " | ", " |") if markdown else ("", "  ", "")
+    return "\n".join(left + between.join(line) + right for line in aligned)
+
+
+def loss_curves(runs: dict[str, Run]) -> tuple[str, dict[str, Points]]:
+    """Return what the loss panels show: the validation loss if every run logged it."""
+    curves = {name: validation(run)[1] for name, run in runs.items()}
+    if all(curves.values()):
+        return "validation loss", curves
+    curves = {name: run.points(LOSS) for name, run in runs.items()}
+    size = max(1, min(map(len, curves.values())) // 50)
+    for name, points in curves.items():
+        blocks = [block for block in batched(points.items(), size) if len(block) == size]
+        curves[name] = {block[-1][0]: fmean(loss for _, loss in block) for block in blocks}
+    return f"training loss, mean of each {size} logged iterations", curves
+
+
+def plot(runs: dict[str, Run], path: Path) -> str:
+    """Draw loss by iteration, loss by LayerTokens and kept tokens as PNG; say which loss."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    loss, curves = loss_curves(runs)
+    quantity, _, how = loss.partition(", ")
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    by_iteration, by_tokens, kept_tokens = panels = figure.subplots(1, 3)
+    most = max(filter(math.isfinite, (run.last(LAYER_TOKENS) for run in runs.values())), default=1)
+    exponent = int(math.log10(most)) // 3 * 3
+    for i, (name, run) in enumerate(runs.items()):
+        points, tokens, kept = curves[name], run.points(LAYER_TOKENS), run.points(KEPT_TOKENS)
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+        marked = style | {"marker": "o" if len(points) <= 40 else "", "markersize": 3}
+        by_iteration.plot(points.keys(), points.values(), label=name, **marked)
+        if tokens:
+            at = [value / 10**exponent for value in at_or_after(tokens, points)]
+            by_tokens.plot(at, points.values(), **marked)
+        kept_tokens.plot(kept.keys(), kept.values(), **style)
+    # On the scale of the whole curve, its steep start, what follows would be flat.
+    late = [v for curve in curves.values() for i, v in curve.items() if i >= max(curve) / 5]
+    late = [v for v in late if math.isfinite(v)]
+    if late and max(late) > min(late):
+        margin = 0.05 * (max(late) - min(late))
+        for axes in (by_iteration, by_tokens):
+            axes.set_ylim(min(late) - margin, max(late) + margin)
+    for axes in panels:
+        axes.set(xlabel="iteration", xlim=(0, None))
+        axes.set_ylabel(f"{quantity} (nats per token)\n{how}".strip())
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=axes is not by_tokens))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    by_tokens.set_xlabel(f"LayerTokens ($10^{{{exponent}}}$)")
+    kept_tokens.set(ylabel="kept tokens per sequence", ylim=(0, None))
+    figure.legend(loc="outside upper center", ncols=len(runs), frameon=False)
+    figure.savefig(path, format="png", dpi=120)
+    return loss
+
+
+def named_folders(texts: list[str]) -> dict[str, Path]:
+    """Return {name: folder} of NAME=FOLDER or FOLDER.
+
+    Raises:
+        LogError: There are fewer than two, or two of one name.
+    """
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).is_dir():
+            whole = Path(text).absolute()
+            name, folder = (whole.parent if whole.name == "tensorboard" else whole).name, text
+        if name in folders:
+            raise LogError(f"two runs are called {name}; tell them apart as NAME=FOLDER")
+        folders[name] = Path(folder)
+    if len(folders) < 2:
+        raise LogError("give two or more runs, each as NAME=FOLDER")
+    return folders
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, write the files asked for; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="a run's --tensorboard-dir")
+    parser.add_argument("--baseline", metavar="NAME", help="the run to compare with (the first)")
+    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves")
+    parser.add_argument("--csv", type=Path, metavar="CSV", help="write the table, full precision")
+    parser.add_argument("--json", type=Path, metavar="JSON", help="write table and notes")
+    options = parser.parse_args(argv)
+    try:
+        folders = named_folders(options.runs)
+        baseline = options.baseline or next(iter(folders))
+        if baseline not in folders:
+            raise LogError(f"--baseline {baseline} is none of the runs: {', '.join(folders)}")
+        runs = {name: read_run(folder) for name, folder in folders.items()}
+        rows, remarks = summarise(runs, baseline), notes(runs, baseline)
+        if options.plot:
+            remarks.append(f"{options.plot} shows the {plot(runs, options.plot)}")
+        if options.csv:
+            with options.csv.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        if options.json:
+            result = {"verdict": verdict(rows, baseline), "notes": remarks, "runs": rows}
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    except (LogError, OSError, ModuleNotFoundError) as error:
+        print(f"compare_runs: {error}", file=sys.stderr)
+        return 2
+    print(table(rows, options.markdown), verdict(rows, baseline), "", sep="\n\n", end="")
+    print(*(f"- {remark}" for remark in remarks), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
