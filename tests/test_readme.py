@@ -1,0 +1,47 @@
+"""README and code say the same."""
+
+import re
+from pathlib import Path
+
+from megatron_rltd import config, patches
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_path_in_the_readme_exists():
+    paths = re.findall(r"[\w./]+/[\w.]+\.(?:py|sh|md|png|txt|json)", README)
+    paths = [p for p in paths if not p.startswith(("runs/", "arxiv.org", "//"))]
+    assert len(paths) >= 6
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "megatron_rltd" / path).exists(), path
+
+
+def test_every_flag_is_in_the_readme_and_no_other():
+    known = {config.flag(name) for name in config.FIELDS} | {"--random-ltd"}
+    assert set(re.findall(r"--random-ltd[\w-]*", README)) == known
+
+
+def test_defaults_in_the_readme():
+    for name in config.FIELDS:
+        row = next(line for line in README.splitlines() if f"| `{config.flag(name)}` |" in line)
+        default = getattr(config.RandomLTDConfig, name)
+        if isinstance(default, int) and not isinstance(default, bool) and default:
+            assert row.split("|")[2].strip() == str(default)
+        if default is False:
+            assert row.split("|")[2].strip() == "off"
+
+
+def test_the_table_of_patches_is_in_the_readme():
+    rows = re.findall(r"^\| `([\w.]+:[\w.]+)` \| (.+) \|$", README, re.MULTILINE)
+    assert rows == [(patch.target, patch.reason) for patch in patches.PATCHES]
+
+
+def test_modules_named_in_the_readme_exist():
+    for name in re.findall(r"`(\w+\.py)`", README):
+        assert (ROOT / "megatron_rltd" / name).exists(), name
+
+
+def test_no_file_of_the_package_is_long():
+    for file in (ROOT / "megatron_rltd").glob("*.py"):
+        assert len(file.read_text().splitlines()) <= 320, file.name
