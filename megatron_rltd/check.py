@@ -40,8 +40,8 @@ def main() -> int:
     if cpu.is_needed():
         print("\nPatched to present the CPU to Megatron as its device:")
         for reason in dict.fromkeys(patch.reason for patch in cpu.PATCHES):
-            targets = [patch.target for patch in cpu.PATCHES if patch.reason == reason]
-            print(textwrap.fill(", ".join(targets), 98, initial_indent="  ", subsequent_indent="  "))
+            text = ", ".join(patch.target for patch in cpu.PATCHES if patch.reason == reason)
+            print(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  "))
             print(f"           {reason}")
     print("\nOverridden on the attached model's own block and layers, or relied on:")
     for symbol in versions.RELIED_ON:
