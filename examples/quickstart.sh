@@ -2,7 +2,7 @@
 # Pretrain a small GPT twice with Megatron's own training loop, dense and with random-LTD, on real
 # text and on this machine, and compare the two.
 #
-#   bash examples/quickstart.sh                    about 10 minutes on 2 cores
+#   bash examples/quickstart.sh                    about 8 minutes on 2 cores
 #   bash examples/quickstart.sh --quick            about 2 minutes: enough to see it run
 #   bash examples/quickstart.sh --steps 1000       as long as you like
 #   bash examples/quickstart.sh --folder FOLDER    where everything goes (runs/quickstart)
@@ -13,7 +13,7 @@
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p;}' "${BASH_SOURCE[0]}"; exit "$1"; }
-steps=200 folder=''
+steps=300 folder=''
 while [ $# -gt 0 ]; do
   case $1 in
     --quick) steps=20 ;;
