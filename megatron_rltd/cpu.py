@@ -229,9 +229,13 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "megatron.training.training:set_jit_fusion_options",
         _returns(None),
-        "its warm-up draws layout-dependent amounts of randomness, which on a GPU goes to another "
-        "generator: initial weights would differ between TP layouts",
+        "draws from the generator that initial weights have here: TP layouts would differ",
         copies=("megatron.training.initialize",),
+    ),
+    Patch(
+        "torch.utils.data.dataloader:_BaseDataLoaderIter.__init__",
+        cpu_modules.iterator_that_draws_nothing,
+        "draws a seed from the generator that dropout has here: resumed runs would differ",
     ),
     Patch(
         "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",

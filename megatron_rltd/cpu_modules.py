@@ -161,3 +161,13 @@ def _gather_context(attention, query, key, value, attention_mask):
     if attention_mask is None and attention.attn_mask_type == AttnMaskType.causal:
         attention_mask = (mine[:, None] < torch.arange(length)[None, :])[None, None]
     return key, value, attention_mask
+
+
+def iterator_that_draws_nothing(original):
+    """Wrap a data-loader iterator's constructor to leave the default generator as it was."""
+
+    def __init__(iterator, loader):
+        with torch.random.fork_rng(devices=[]):
+            original(iterator, loader)
+
+    return __init__
