@@ -234,7 +234,9 @@ def resolve(config: RandomLTDConfig, model: Model) -> Resolved:
             f"parallelism {model.sequence_parallel_size} and context parallelism "
             f"{model.context_parallel_size} holds whole strata",
         )
-        lengths = (f"{flag('min_tokens')} {k0}", k0), (f"{flag('increment')} {q}", q)
+        lengths = [(f"{flag('min_tokens')} {k0}", k0)]
+        if not config.constant:
+            lengths.append((f"{flag('increment')} {q}", q))
         for what, value in ((f"--seq-length {s}", s), *lengths):
             require(
                 value % strata == 0,

@@ -125,15 +125,33 @@ def attention_init(original):
 
 
 def attention_forward(original):
-    """Attention under context parallelism: all-gather keys and values, mask by true positions."""
+    """Attention on packed sequences and under context parallelism.
+
+    Packed sequences are masked by document. Under context parallelism keys and values are
+    all-gathered and masked by their true positions.
+    """
 
     @functools.wraps(original)
     def forward(self, query, key, value, attention_mask, *args, **kwargs):
+        packed = kwargs.pop("packed_seq_params", None)
+        if packed is not None:
+            mask = _document_mask(packed, query.size(0))
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+            return original(self, query, key, value, mask, *args, **kwargs)
         if self.config.context_parallel_size > 1:
             key, value, attention_mask = _gather_context(self, query, key, value, attention_mask)
         return original(self, query, key, value, attention_mask, *args, **kwargs)
 
     return forward
+
+
+def _document_mask(packed, tokens):
+    """Return the causal mask of packed documents, bool [1, 1, t, t], True where masked."""
+    padded = packed.cu_seqlens_q_padded
+    offsets = packed.cu_seqlens_q if padded is None else padded
+    row = torch.arange(tokens)
+    document = torch.searchsorted(offsets[1:].long(), row, right=True)
+    return ((document[:, None] != document) | (row[:, None] < row))[None, None]
 
 
 def _gather_context(attention, query, key, value, attention_mask):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rltd.packed import kept_packed_angles, kept_packed_seq_params
 from megatron_rltd.token_drop import Run
 
 
@@ -27,11 +28,15 @@ class KeptTokens:
         local: [b, k/c], positions in the part of the sequence that the context-parallel rank
             holds, in its own order; all of its tensor-parallel ranks'.
         positions: [b, k], positions in the whole sequence.
+        length: Tokens of that sequence.
+
+    Packed samples, laid end to end, are one sequence here: b is 1, k and length are of all.
     """
 
     rows: Tensor
     local: Tensor
     positions: Tensor
+    length: int
 
 
 @dataclass
@@ -112,7 +117,6 @@ def _call(layer: Any, original: Callable, recompute: bool, args: tuple, kwargs: 
 
 # What a dropped layer cannot take.
 _UNSUPPORTED = {
-    "packed_seq_params": "packed sequences",
     "context": "cross-attention",
     "context_mask": "cross-attention",
     "attention_bias": "an attention bias",
@@ -123,23 +127,47 @@ _UNSUPPORTED = {
 }
 
 
-def check_arguments(arguments: dict[str, Any]) -> None:
-    """Raise RuntimeError if a block's arguments have no meaning for a subset of the tokens."""
+def check_arguments(arguments: dict[str, Any], config: Any) -> None:
+    """Raise RuntimeError if a block's arguments have no meaning for a subset of the tokens.
+
+    Args:
+        arguments: What the block was called with.
+        config: Its ``TransformerConfig``.
+    """
     for name, what in _UNSUPPORTED.items():
         if arguments.get(name) is not None:
             raise RuntimeError(f"random-LTD: dropped layers cannot run with {what} ({name})")
+    packed = arguments.get("packed_seq_params")
+    if packed is None:
+        return
+    what = "dropped layers cannot run with packed sequences"
+    if packed.qkv_format != "thd":
+        raise RuntimeError(f"random-LTD: {what} in the format {packed.qkv_format}, only in thd")
+    if config.context_parallel_size > 1:
+        raise RuntimeError(f"random-LTD: {what} and context parallelism")
+    if arguments.get("rotary_pos_emb") is not None and config.apply_rope_fusion:
+        raise RuntimeError(f"random-LTD: {what} and fused rotary embeddings: --no-rope-fusion")
 
 
 def subsample(arguments: dict[str, Any], kept: KeptTokens) -> dict[str, Any]:
     """Return a layer's arguments, but for the hidden states, as they are for the kept tokens."""
     result = dict(arguments)
+    packed = arguments.get("packed_seq_params")
+    if packed is not None:
+        result["packed_seq_params"] = kept_packed_seq_params(packed, kept.positions, kept.length)
+
+    def kept_rotary(angles: Tensor) -> Tensor:
+        if packed is not None:
+            return kept_packed_angles(angles, packed, kept.positions, kept.length)
+        return kept_angles(angles, kept.local)
+
     rotary = arguments.get("rotary_pos_emb")
     if isinstance(rotary, (tuple, list)):  # queries' and keys', or local and global
         result["rotary_pos_emb"] = tuple(
-            None if angles is None else kept_angles(angles, kept.local) for angles in rotary
+            None if angles is None else kept_rotary(angles) for angles in rotary
         )
     elif rotary is not None:
-        result["rotary_pos_emb"] = kept_angles(rotary, kept.local)
+        result["rotary_pos_emb"] = kept_rotary(rotary)
     if arguments.get("attention_mask") is not None:
         result["attention_mask"] = kept_mask(arguments["attention_mask"], kept)
     if arguments.get("padding_mask") is not None:

@@ -185,7 +185,13 @@ def floating_point_operations(
     if _random_ltd is None or _random_ltd.kept_tokens == args.seq_length:
         return original(args, batch_size, *rest, **kwargs)
     return metrics.floating_point_operations(
-        original, _random_ltd.resolved, _random_ltd.kept_tokens, args, batch_size
+        original,
+        _random_ltd.resolved,
+        _random_ltd.kept_tokens,
+        args,
+        batch_size,
+        *rest,
+        **kwargs,
     )
 
 

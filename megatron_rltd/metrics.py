@@ -46,7 +46,13 @@ def write_layer_tokens(layer_tokens_so_far: int, iteration: int) -> None:
 
 
 def floating_point_operations(
-    original: Callable, resolved: Resolved, kept: int, args: Any, batch_size: int
+    original: Callable,
+    resolved: Resolved,
+    kept: int,
+    args: Any,
+    batch_size: int,
+    seqlen_squared_sum_in_batch: float | None = None,
+    total_real_tokens_in_batch: float | None = None,
 ) -> float:
     """Return the floating-point operations of a global batch of which layers drop tokens.
 
@@ -57,11 +63,21 @@ def floating_point_operations(
         original: ``megatron.training.training.num_floating_point_operations``.
         args: Megatron's arguments.
         batch_size: Samples.
+        seqlen_squared_sum_in_batch, total_real_tokens_in_batch: What Megatron gives for packed
+            sequences: sums over documents. Of a document's tokens, k / s are taken to be kept.
     """
-    total = original(args, batch_size)
+    packed = [seqlen_squared_sum_in_batch, total_real_tokens_in_batch]
+    if packed == [None, None]:
+        packed = []  # Megatron before 0.18 knows no such arguments
+
+    def layer(tokens: int, is_moe: int | None) -> float:
+        share = tokens / args.seq_length
+        sums = [n and n * scale for n, scale in zip(packed, (share**2, share), strict=False)]
+        return _layer_operations(original, args, batch_size, tokens, is_moe, sums)
+
+    total = original(args, batch_size, *packed)
     for is_moe, layers in _dropped_by_kind(resolved, args).items():
-        full = _layer_operations(original, args, batch_size, args.seq_length, is_moe)
-        total -= layers * (full - _layer_operations(original, args, batch_size, kept, is_moe))
+        total -= layers * (layer(args.seq_length, is_moe) - layer(kept, is_moe))
     return total
 
 
@@ -77,7 +93,12 @@ def _dropped_by_kind(resolved: Resolved, args: Any) -> dict[int | None, int]:
 
 
 def _layer_operations(
-    original: Callable, args: Any, batch_size: int, seq_length: int, is_moe: int | None
+    original: Callable,
+    args: Any,
+    batch_size: int,
+    seq_length: int,
+    is_moe: int | None,
+    sums: list[float | None],
 ) -> float:
     def count(num_layers: int) -> float:
         changed = copy.copy(args)
@@ -86,6 +107,6 @@ def _layer_operations(
         changed.mtp_num_layers = None
         if is_moe is not None:
             changed.moe_layer_freq = [is_moe] * num_layers
-        return original(changed, batch_size)
+        return original(changed, batch_size, *sums)
 
     return count(2) - count(1)

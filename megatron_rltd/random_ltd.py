@@ -25,6 +25,7 @@ from megatron_rltd import ops, sampling, versions
 from megatron_rltd.block import check_layers, plan_recomputation, plan_run_ends
 from megatron_rltd.config import ConfigError, Model, RandomLTDConfig, Resolved, resolve
 from megatron_rltd.layer import KeptTokens, MicroBatch
+from megatron_rltd.packed import flatten_samples
 from megatron_rltd.refusals import refused
 from megatron_rltd.shards import context_parallel_strata, sequence_parallel_strata
 
@@ -155,13 +156,14 @@ class RandomLTD:
             config.recompute_granularity = granularity
 
     def _micro_batch_of(self, block: Any, hidden_states: Tensor, call: dict) -> MicroBatch:
-        dropped_layer.check_arguments(call)
+        dropped_layer.check_arguments(call, block.config)
         dropped = [n.layer_number for n in block.layers]
         dropped = [n for n in dropped if n in self.resolved.dropped_layers]
-        kept = self._kept(block, dropped, hidden_states)
+        packed = call.get("packed_seq_params")
+        kept = self._kept(block, dropped, hidden_states, packed is not None)
         recomputed, grouped = plan_recomputation(block, kept, hidden_states.size(0))
         ends = plan_run_ends(block, set(dropped), call.get("extract_layer_indices") or (), grouped)
-        return MicroBatch(call.get("packed_seq_params"), kept, ends, recomputed)
+        return MicroBatch(packed, kept, ends, recomputed)
 
     def _samples(self, block: Any, batch: int, device: torch.device) -> Tensor:
         """Return the global indices of a micro-batch's samples, [b] int64.
@@ -186,42 +188,56 @@ class RandomLTD:
             return torch.arange(start, start + 1, device=device)
         return torch.arange(start, start + batch, device=device)
 
-    def _kept(self, block: Any, dropped: list[int], hidden_states: Tensor) -> dict[int, KeptTokens]:
-        """Return what the dropped layers of a block keep, drawn for all of them at once."""
+    def _kept(
+        self, block: Any, dropped: list[int], hidden_states: Tensor, is_packed: bool
+    ) -> dict[int, KeptTokens]:
+        """Return what the dropped layers of a block keep, drawn for all of them at once.
+
+        Args:
+            is_packed: Whether hidden_states holds its samples end to end, [b * s, 1, h].
+        """
         from megatron.core.utils import get_pg_rank, get_pg_size
 
         if not dropped:
             return {}
-        model, strata = self.resolved.model, self.resolved.strata
+        model, strata, length = (
+            self.resolved.model,
+            self.resolved.strata,
+            self.resolved.model.seq_length,
+        )
         rows, batch = hidden_states.shape[:2]
-        expected = model.seq_length // model.sequence_parallel_size // model.context_parallel_size
-        if rows != expected:
+        expected = length // model.sequence_parallel_size // model.context_parallel_size
+        samples = rows // expected if is_packed else batch
+        if rows != (expected * samples if is_packed else expected) or samples < 1:
             raise RuntimeError(
                 f"random-LTD: hidden states have {rows} rows on this rank where --seq-length "
-                f"{model.seq_length} makes {expected}; packed and variable lengths do not work"
+                f"{length} makes {expected} of a sample; variable lengths do not work"
             )
         device = hidden_states.device
         positions = sampling.kept_indices(
             self.resolved.seed,
             _layer_numbers(tuple(dropped), device),
-            self._samples(block, batch, device),
-            model.seq_length,
+            self._samples(block, samples, device),
+            length,
             self.kept_tokens,
             strata,
         )
+        if is_packed:
+            positions = flatten_samples(positions, samples, length)
+            strata, length = strata * samples, length * samples
         groups = block.pg_collection
         on_rank = context_parallel_strata(strata, get_pg_rank(groups.cp), get_pg_size(groups.cp))
-        local = _rows_of(positions, on_rank, model.seq_length, strata)
+        local = _rows_of(positions, on_rank, length, strata)
         rows_of_rank = local
         if model.sequence_parallel_size > 1:
             mine = sequence_parallel_strata(
                 on_rank, get_pg_rank(groups.tp), model.sequence_parallel_size
             )
-            rows_of_rank = _rows_of(positions, mine, model.seq_length, strata)
+            rows_of_rank = _rows_of(positions, mine, length, strata)
         if rows_of_rank.size(1) != batch:
             rows_of_rank = rows_of_rank.expand(-1, batch, -1).contiguous()
         return {
-            n: KeptTokens(rows=rows_of_rank[i], local=local[i], positions=positions[i])
+            n: KeptTokens(rows_of_rank[i], local[i], positions[i], length)
             for i, n in enumerate(dropped)
         }
 

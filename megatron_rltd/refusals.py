@@ -38,6 +38,10 @@ def _truthy(name: str) -> Callable[[Any], Any]:
     return lambda args: getattr(args, name, None)
 
 
+def _packs(args: Any) -> Any:
+    return getattr(args, "sft", None) or getattr(args, "dataloader_inter_document_masking", None)
+
+
 _BYPASS = "runs layers without their forward, so that no token would be dropped"
 _STATIC = "sizes buffers once, while the kept length changes"
 REFUSALS: tuple[Refusal, ...] = (
@@ -116,12 +120,21 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda args: getattr(args, "gtp_weight_remat_size", 1) > 1,
         "gives the ranks of a data-parallel replica different samples",
     ),
-    Refusal("--sft", _truthy("sft"), "packs samples of different lengths"),
     Refusal(
-        "--dataloader-inter-document-masking",
-        _truthy("dataloader_inter_document_masking"),
-        "packs documents of different lengths",
-        "use --reset-attention-mask",
+        "--sft and --dataloader-inter-document-masking with --context-parallel-size",
+        lambda args: _packs(args) and args.context_parallel_size > 1,
+        "split every document between the ranks, of which each keeps another number of tokens",
+        "use --context-parallel-size 1",
+    ),
+    Refusal(
+        "--sft and --dataloader-inter-document-masking with fused RoPE",
+        lambda args: (
+            _packs(args)
+            and getattr(args, "apply_rope_fusion", None)
+            and getattr(args, "position_embedding_type", None) == "rope"
+        ),
+        "number the tokens of a document inside the kernel",
+        "add --no-rope-fusion",
     ),
     Refusal(
         "fused_single_qkv_rope of the TransformerConfig",

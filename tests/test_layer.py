@@ -12,7 +12,7 @@ from megatron_rltd.layer import (
 
 S, B = 8, 3
 INDICES = torch.tensor([[0, 3, 5], [1, 2, 7], [4, 5, 6]], dtype=torch.int32)
-KEPT = KeptTokens(rows=INDICES, local=INDICES, positions=INDICES)
+KEPT = KeptTokens(rows=INDICES, local=INDICES, positions=INDICES, length=S)
 
 
 def test_angles_are_those_of_the_true_positions():
@@ -57,6 +57,7 @@ def test_mask_rows_are_local_and_columns_global_under_context_parallelism():
         rows=torch.tensor([[0, 3]]),
         local=torch.tensor([[0, 3]], dtype=torch.int32),
         positions=torch.tensor([[0, 2, 5, 7]], dtype=torch.int32),
+        length=S,
     )
     got = kept_mask(mask, kept)
     assert torch.equal(got[0, 0], mask[0, 0][[0, 3]][:, [0, 2, 5, 7]])

@@ -27,8 +27,10 @@ COMMAND_LINES = {
     "--use-megatron-fsdp": "--use-megatron-fsdp",
     "--use-torch-fsdp2": "--use-torch-fsdp2",
     "--tensor-parallel-num-weight-shards": None,  # derived by Megatron's validation
-    "--sft": "--sft",
-    "--dataloader-inter-document-masking": "--dataloader-inter-document-masking",
+    "--sft and --dataloader-inter-document-masking with --context-parallel-size": "--sft "
+    "--context-parallel-size 2",
+    "--sft and --dataloader-inter-document-masking with fused RoPE": "--position-embedding-type "
+    "rope --dataloader-inter-document-masking",
     "fused_single_qkv_rope of the TransformerConfig": None,  # has no flag
 }
 MODEL = (
@@ -74,7 +76,7 @@ def test_features_without_a_flag_of_their_own(parser, name, value):
 
 
 def test_all_problems_are_reported_at_once(parser):
-    line = f"{MODEL} --sft --tp-comm-overlap --random-ltd-layers 9"
+    line = f"{MODEL} --perform-rl-step --tp-comm-overlap --random-ltd-layers 9"
     with pytest.raises(ConfigError) as error:
         validate(parser.parse_args(line.split()))
     assert len(error.value.problems) == 3

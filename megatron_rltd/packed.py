@@ -1,0 +1,89 @@
+"""Packed sequences (THD) on kept tokens.
+
+Megatron lays the samples of a micro-batch end to end as one row of b * s tokens, and
+``PackedSeqParams`` says where in it documents begin. Kept tokens are drawn for each sample as
+always, then laid end to end in the same way; documents begin where their kept tokens do, and may
+have none.
+
+Shapes: t = b * s tokens of the row, k kept tokens of a sample, n documents, d rotary size.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def flatten_samples(positions: Tensor, samples: int, seq_length: int) -> Tensor:
+    """Return kept positions of samples as positions in the row that holds them end to end.
+
+    Args:
+        positions: [l, b or 1, k] int32, for l layers.
+        samples: b.
+
+    Returns:
+        [l, 1, b * k] int32, ascending.
+    """
+    first = torch.arange(samples, dtype=torch.int32, device=positions.device) * seq_length
+    return (positions + first[:, None]).flatten(1)[:, None]
+
+
+def kept_packed_seq_params(packed: Any, positions: Tensor, length: int) -> Any:
+    """Return the ``PackedSeqParams`` of the kept tokens.
+
+    The longest document's length stays what it was: it needs only be an upper bound.
+
+    Args:
+        packed: ``PackedSeqParams`` in the format "thd"; offsets are [n + 1] int32.
+        positions: [1, b * k] int32, ascending.
+        length: t.
+
+    Source: ``megatron/core/packed_seq_params.py``.
+    """
+    changes: dict[str, Any] = {}
+    for side in ("q", "kv"):
+        offsets = getattr(packed, f"cu_seqlens_{side}")
+        padded = getattr(packed, f"cu_seqlens_{side}_padded")
+        if padded is None:
+            changes[f"cu_seqlens_{side}"] = _kept_before(offsets, positions)
+            continue
+        # Padding follows each document: what begins at a padded offset ends where its tokens do.
+        begin = _kept_before(padded, positions)
+        end = _kept_before(padded[:-1] + offsets.diff(), positions)
+        changes[f"cu_seqlens_{side}_padded"] = begin
+        lengths = (end - begin[:-1]).cumsum(0, dtype=torch.int32)
+        changes[f"cu_seqlens_{side}"] = torch.nn.functional.pad(lengths, (1, 0))
+    kept = positions.size(1)
+    names = {field.name for field in dataclasses.fields(packed)}
+    if "total_tokens" in names and packed.total_tokens is not None:
+        changes["total_tokens"] = kept
+    if "tokens_per_sample" in names and packed.tokens_per_sample is not None:
+        changes["tokens_per_sample"] = packed.tokens_per_sample * kept // length
+    return dataclasses.replace(packed, **changes)
+
+
+def kept_packed_angles(angles: Tensor, packed: Any, positions: Tensor, length: int) -> Tensor:
+    """Return the rotary angles of each kept token's position in its document, [b * k, 1, 1, d].
+
+    Megatron takes angles of as many rows as there are tokens as the tokens' own, others as those
+    of positions 0, 1, 2, ... that each document begins anew
+    (``megatron/core/models/common/embeddings/rope_utils.py:_apply_rotary_pos_emb_thd``).
+
+    Args:
+        angles: [t, 1, 1, d] or [longest document, 1, 1, d].
+        positions: [1, b * k] int32, ascending.
+        length: t.
+    """
+    rows = positions[0].long()
+    if angles.size(0) != length:
+        padded = packed.cu_seqlens_q_padded
+        offsets = packed.cu_seqlens_q if padded is None else padded
+        document = torch.searchsorted(offsets[1:], positions[0], right=True)
+        rows = rows - offsets[document].long()
+    return angles.index_select(0, rows)
+
+
+def _kept_before(offsets: Tensor, positions: Tensor) -> Tensor:
+    """Return how many kept positions lie before each offset, [n] int32."""
+    return torch.searchsorted(positions[0], offsets.to(positions.dtype), out_int32=True)
