@@ -326,7 +326,6 @@ def test_what_a_dropped_layer_cannot_take_is_an_error():
     hidden = torch.randn(gpt.SEQ, gpt.BATCH, 16).double()
     for name, what in (
         ("attention_bias", "an attention bias"),
-        ("packed_seq_params", "packed sequences"),
         ("context", "cross-attention"),
         ("rotary_pos_cos", "rotary tables for inference"),
     ):
@@ -362,14 +361,38 @@ def test_layers_that_are_not_transformer_layers_are_an_error():
 
 
 def test_multi_token_prediction_layers_never_drop():
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
+    from megatron.core.transformer import TransformerLayer
 
-    assert get_gpt_mtp_block_spec  # the MTP layers live outside the block that is attached
-    model = gpt.build()
-    other = gpt.build(num_layers=4)
-    model.mtp_like = other.decoder.layers[1]  # numbered 2, as a dropped layer of the decoder
-    attached(model)
-    assert "forward" not in vars(model.mtp_like)
+    config = gpt.config(num_layers=4, mtp_num_layers=2)
+    spec = get_gpt_layer_local_spec()
+    model = GPTModel(
+        config,
+        spec,
+        vocab_size=gpt.VOCAB,
+        max_sequence_length=gpt.SEQ,
+        position_embedding_type="rope",
+        mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False),
+    ).train()
+    rows = []
+
+    def remember(layer, args, kwargs, output):
+        rows.append((layer.layer_number, output[0].size(0)))
+
+    step(attached(model))
+    for module in (model.decoder.layers[1].mlp, model.decoder.layers[3].mlp):
+        module.register_forward_hook(lambda mlp, args, output: rows.append(args[0].size(0)))
+    predictions = [m for m in model.mtp.modules() if isinstance(m, TransformerLayer)]
+    for layer in predictions:
+        layer.register_forward_hook(remember, with_kwargs=True)
+    tokens, labels, positions = gpt.batch()
+    model(tokens, positions, None, labels=labels).mean().backward()
+    # Numbered 1 and 2 as layers of the decoder are, of which the second drops.
+    assert rows == [KEPT, gpt.SEQ, (1, gpt.SEQ), (2, gpt.SEQ)]
 
 
 def test_bert():
