@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from megatron_rltd import config, patches
+from megatron_rltd.refusals import REFUSALS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,3 +46,15 @@ def test_modules_named_in_the_readme_exist():
 def test_no_file_of_the_package_is_long():
     for file in (ROOT / "megatron_rltd").glob("*.py"):
         assert len(file.read_text().splitlines()) <= 320, file.name
+
+
+def test_what_is_refused_is_in_the_documentation():
+    text = (ROOT / "docs" / "features.md").read_text()
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", text.partition("| Way out |")[2], re.M)
+    assert rows == [(r.flag, r.why, r.way_out) for r in REFUSALS]
+
+
+def test_tests_named_in_the_documentation_exist():
+    for document in (ROOT / "docs").glob("*.md"):
+        for file, name in re.findall(r"`tests/(\w+\.py)::(\w+)`", document.read_text()):
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
