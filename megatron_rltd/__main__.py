@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_rltd import __version__
 from megatron_rltd.config import ConfigError, add_arguments
+from megatron_rltd.refusals import refuse_command_line
 from megatron_rltd.versions import VersionError
 
 BUNDLED = {"pretrain_gpt": Path(__file__).parent / "pretrain_gpt.py"}
@@ -84,6 +85,7 @@ def prepare(script: Path, args: list[str]) -> None:
     patches.use_compiled_helper(even_in_clone=on_cpu)
     wanted = {"-h", "--help"}
     if any(a in wanted or a.startswith("--random-ltd") for a in args):
+        refuse_command_line(args)
         patches.apply()
         if is_first:
             print(f"megatron_rltd {__version__}: patched symbols\n{patches.table()}", flush=True)

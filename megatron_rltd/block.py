@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_rltd.layer import KeptTokens
+from megatron_rltd.layer import KeptTokens, forward
 
 
 def check_layers(block: Any) -> None:
@@ -80,7 +80,9 @@ def plan_run_ends(
 
 
 def _is_watched(layer: torch.nn.Module) -> bool:
-    """Return whether hooks other than Megatron's own see a layer's input or output."""
+    """Return whether something other than Megatron's own hooks sees a layer's input or output."""
+    if getattr(layer.forward, "func", None) is not forward:
+        return True  # replaced since `attach`, by a profiler say
     hooks = [
         *layer._forward_hooks.values(),
         *layer._forward_pre_hooks.values(),

@@ -35,8 +35,9 @@ class RandomLTDConfig:
     paper's."""
 
     ramp_iters: int | None = None
-    """Length of the ramp in iterations: after it nothing is dropped. The paper takes 0.7 of the
-    iterations of a dense run on the same token budget."""
+    """Length of the ramp in iterations: after it nothing is dropped if the increment divides the
+    sequence length, otherwise soon after. The paper takes 0.7 of the iterations of a dense run on
+    the same token budget."""
 
     ramp_samples: int | None = None
     """Length of the ramp in samples, instead of iterations."""
@@ -62,7 +63,8 @@ class RandomLTDConfig:
     can be continued on another layout if that layout's fewest divide the number."""
 
     shared_indices: bool = False
-    """Draw one set of kept tokens for all samples of a micro-batch instead of one for each."""
+    """Draw one set of kept tokens for all samples of a micro-batch instead of one for each: the
+    micro-batch size then decides which tokens are kept."""
 
     seed: int | None = None
     """Seed of the sampling of kept tokens. Default: --seed."""
@@ -116,6 +118,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def config_from_args(args: Any) -> RandomLTDConfig:
     """Return the config that a parsed Megatron namespace holds."""
     return RandomLTDConfig(**{name: getattr(args, FLAG_PREFIX + name) for name in FIELDS})
+
+
+def options_in_force(config: RandomLTDConfig, num_layers: int) -> dict[str, Any]:
+    """Return the options that decide what a run computes, alike for configs that mean the same.
+
+    Raises:
+        ValueError: See `parse_layers`.
+    """
+    without_effect = {"backend", "preflight"}
+    if config.constant:
+        without_effect |= {"increment", "root_degree"}
+    options = {name: getattr(config, name) for name in FIELDS if name not in without_effect}
+    return {**options, "layers": parse_layers(config.layers, num_layers)}
 
 
 @dataclass(frozen=True)
@@ -210,6 +225,8 @@ def resolve(config: RandomLTDConfig, model: Model) -> Resolved:
     for name in (*ramps, "increment", "root_degree"):
         value = getattr(config, name)
         require(value > 0, f"{flag(name)} {value} must be positive")
+    seed = model.seed if config.seed is None else config.seed
+    require(0 <= seed < 2**64, f"{flag('seed')} {seed} must be between 0 and 2**64 - 1")
     require(
         0 < k0 <= s,
         f"{flag('min_tokens')} {k0} must be between 1 and --seq-length {s}",
@@ -262,7 +279,7 @@ def resolve(config: RandomLTDConfig, model: Model) -> Resolved:
         ramp_in_samples=config.ramp_samples is not None,
         dropped_layers=layers,
         strata=strata,
-        seed=model.seed if config.seed is None else config.seed,
+        seed=seed,
     )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_rltd.packed import kept_packed_angles, kept_packed_seq_params
@@ -75,44 +74,29 @@ def forward(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> tuple[
     if not isinstance(micro_batch, MicroBatch):
         return original(*args, **kwargs)
     kwargs["packed_seq_params"] = micro_batch.packed_seq_params
-    recompute = layer.layer_number in micro_batch.recomputed
-    kept = micro_batch.kept.get(layer.layer_number)
-    if kept is None:
-        return _call(layer, original, recompute, args, kwargs)
     if args:
         raise RuntimeError("random-LTD: a block must call its layers with keyword arguments")
     hidden_states = kwargs.pop("hidden_states")
-    kwargs = subsample(kwargs, kept)
-    kwargs["hidden_states"] = micro_batch.run.enter(hidden_states, kept.rows)
-    tokens, context = _call(layer, original, recompute, args, kwargs)
-    last = layer.layer_number in micro_batch.run_ends
-    return micro_batch.run.leave(tokens, last), context
+    kept = micro_batch.kept.get(layer.layer_number)
+    if kept is not None:
+        hidden_states = micro_batch.run.enter(hidden_states, kept.rows)
 
+    def run(hidden_states: Tensor) -> tuple[Tensor, Any]:
+        # Angles and masks of the kept tokens are made anew in recomputation: kept for backward,
+        # they could outweigh the hidden states that are not stored.
+        arguments = kwargs if kept is None else subsample(kwargs, kept)
+        return original(hidden_states=hidden_states, **arguments)
 
-def _call(layer: Any, original: Callable, recompute: bool, args: tuple, kwargs: dict) -> Any:
-    """Call a layer, under Megatron's own activation checkpointing if asked to."""
-    if not recompute:
-        return original(*args, **kwargs)
-    from megatron.core import tensor_parallel
+    if layer.layer_number in micro_batch.recomputed:
+        from megatron.core import tensor_parallel
 
-    # Megatron's checkpoint saves positional tensors only, and a tuple is none.
-    rotary = kwargs.pop("rotary_pos_emb", None)
-    is_pair = isinstance(rotary, (tuple, list))
-    tensors = {name: kwargs.pop(name) for name in list(kwargs) if torch.is_tensor(kwargs[name])}
-    hidden_states = tensors.pop("hidden_states")
-
-    def run(hidden_states, *values):
-        given = values[: len(rotary)] if is_pair else values[0]
-        rest = dict(zip(tensors, values[len(rotary) if is_pair else 1 :], strict=True))
-        return original(*args, hidden_states=hidden_states, rotary_pos_emb=given, **rest, **kwargs)
-
-    return tensor_parallel.checkpoint(
-        run,
-        layer.config.distribute_saved_activations,
-        hidden_states,
-        *(rotary if is_pair else (rotary,)),
-        *tensors.values(),
-    )
+        distribute = layer.config.distribute_saved_activations
+        tokens, context = tensor_parallel.checkpoint(run, distribute, hidden_states)
+    else:
+        tokens, context = run(hidden_states)
+    if kept is not None:
+        tokens = micro_batch.run.leave(tokens, layer.layer_number in micro_batch.run_ends)
+    return tokens, context
 
 
 # What a dropped layer cannot take.

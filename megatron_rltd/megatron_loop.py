@@ -5,8 +5,9 @@ on Megatron's ``args``, which every checkpoint holds. One `RandomLTD` per proces
 arguments are valid.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from megatron_rltd import metrics
@@ -18,14 +19,14 @@ from megatron_rltd.config import (
     config_from_args,
     flag,
     model_from_args,
+    options_in_force,
     resolve,
 )
+from megatron_rltd.preflight import arguments_with_preflight
 from megatron_rltd.random_ltd import RandomLTD
 from megatron_rltd.refusals import validate
 
 _LAYER_TOKENS = "random_ltd_layer_tokens"
-# Options that do not change what a run computes, and may differ after a restart.
-_FREE = {"backend", "preflight"}
 
 _random_ltd: RandomLTD | None = None
 _preflight_due = False
@@ -44,7 +45,9 @@ def start(args: Any) -> None:
             n for n in FIELDS if getattr(args, FLAG_PREFIX + n) != getattr(RandomLTDConfig, n)
         ]
         if changed:
-            raise ConfigError([f"{flag(changed[0])} does nothing without --random-ltd: add it"])
+            raise ConfigError(
+                [f"{flag(name)} does nothing without --random-ltd: add it" for name in changed]
+            )
         return
     _use(RandomLTD(config_from_args(args), validate(args)), args)
     setattr(args, _LAYER_TOKENS, 0)
@@ -65,9 +68,17 @@ def active() -> RandomLTD | None:
 
 
 def attach(model: Any) -> None:
-    """Attach the runtime to the model chunks that Megatron has built."""
-    if _random_ltd is not None:
+    """Attach the runtime to the model chunks that Megatron has built.
+
+    Raises:
+        ConfigError: The model is not one that random-LTD works on.
+    """
+    if _random_ltd is None:
+        return
+    try:
         _random_ltd.attach(model)
+    except RuntimeError as error:
+        raise ConfigError([str(error)]) from error
 
 
 def resume(checkpoint_args: Any) -> None:
@@ -96,14 +107,10 @@ def resume(checkpoint_args: Any) -> None:
         )
         return
     asked, saved = _random_ltd.config, config_from_args(checkpoint_args)
-    differing = [
-        name
-        for name in FIELDS
-        if name not in _FREE
-        # Left open on the command line: the checkpoint's value is the one to continue with.
-        and not (name in ("strata", "seed") and not getattr(asked, name))
-        and getattr(asked, name) != getattr(saved, name)
-    ]
+    ours, theirs = (options_in_force(c, model.num_layers) for c in (asked, saved))
+    # Left open on the command line: the checkpoint's value is the one to continue with.
+    left_open = [name for name, value in (("strata", 0), ("seed", None)) if ours[name] == value]
+    differing = [n for n in FIELDS if n not in left_open and ours.get(n) != theirs.get(n)]
     if differing and args.override_opt_param_scheduler:
         print_rank_0(f"random-LTD: the command line overrides {_listed(differing, saved, asked)}")
         chosen = asked
@@ -118,13 +125,9 @@ def resume(checkpoint_args: Any) -> None:
         )
     else:
         chosen = saved
-    # The seed and strata that the checkpoint was trained with, unless the user overrides them.
-    options = {name: getattr(chosen, name) for name in FIELDS}
-    for name in ("strata", "seed"):
-        options[name] = options[name] or getattr(saved, name)
-    for name in _FREE:
-        options[name] = getattr(asked, name)
-    config = RandomLTDConfig(**options)
+    taken = {name: getattr(saved, name) for name in left_open}
+    free = {name: getattr(asked, name) for name in ("backend", "preflight")}
+    config = dataclasses.replace(chosen, **taken, **free)
     for name in FIELDS:
         setattr(args, FLAG_PREFIX + name, getattr(config, name))
     _use(RandomLTD(config, resolve(config, model_from_args(args))), args)
@@ -149,11 +152,16 @@ def train_step(original: Callable, *call: Any, **kwargs: Any) -> Any:
     if _random_ltd is None:
         return original(*call, **kwargs)
     args = get_args()
+    samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
+    begin_step = functools.partial(
+        _random_ltd.begin_step, args.curr_iteration, args.consumed_train_samples
+    )
+    # Not in the first step: the optimizer's state, which counts, does not exist yet.
     if _preflight_due and args.curr_iteration > args.iteration:
         _preflight_due = False
-        preflight(*call)
-    samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
-    _random_ltd.begin_step(args.curr_iteration, args.consumed_train_samples)
+        bound = arguments_with_preflight(original, call, kwargs, _random_ltd, begin_step)
+        call, kwargs = bound.args, bound.kwargs
+    begin_step()
     try:
         result = original(*call, **kwargs)
     finally:
@@ -193,89 +201,3 @@ def floating_point_operations(
         *rest,
         **kwargs,
     )
-
-
-def preflight(
-    forward_step_func: Callable,
-    data_iterator: Any,
-    model: list[Any],
-    optimizer: Any,
-    opt_param_scheduler: Any,
-    config: Any,
-    forward_backward_func: Callable,
-    *rest: Any,
-) -> None:
-    """Run one forward and backward at full length and forget it: no update, no sample used up.
-
-    Takes what ``train_step`` takes. Called before the second step, when the optimizer's state
-    exists, so that the memory it reaches is the memory of the run's longest steps.
-    """
-    import torch
-    from megatron.core import tensor_parallel
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
-    from megatron.training import get_args, print_rank_0
-
-    args = get_args()
-    # As Megatron does around its evaluation: results outside of a step are not to be rerun.
-    rerun = get_rerun_state_machine()
-    mode = rerun.get_mode()
-    rerun.set_mode(RerunMode.DISABLED)
-    tracker = tensor_parallel.get_cuda_rng_tracker()
-    states = torch.get_rng_state(), torch.cuda.get_rng_state(), tracker.get_states()
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    with _replayed(data_iterator):
-        forward_backward_func(
-            forward_step_func=forward_step_func,
-            data_iterator=data_iterator,
-            model=model,
-            num_microbatches=get_num_microbatches(),
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            decoder_seq_length=args.decoder_seq_length,
-            forward_only=False,
-        )
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    torch.set_rng_state(states[0])
-    torch.cuda.set_rng_state(states[1])
-    tracker.set_states(states[2])
-    rerun.set_mode(mode)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    print_rank_0(
-        f"random-LTD: preflight at full length --seq-length {args.seq_length} passed"
-        + (f"; peak memory on rank 0: {peak:.1f} GiB" if torch.cuda.is_available() else "")
-    )
-
-
-@contextlib.contextmanager
-def _replayed(data_iterator: Any) -> Iterator[None]:
-    """Have data iterators give what they gave inside the with-statement once more after it.
-
-    Megatron's iterators read from ``RerunDataIterator.iterable``, which is replaced meanwhile.
-    """
-    iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-    iterators = [i for i in iterators if i is not None]
-    sources = [i.iterable for i in iterators]
-    given: list[list[Any]] = [[] for _ in iterators]
-
-    def record(source: Any, items: list[Any]) -> Iterator[Any]:
-        for item in source:
-            items.append(item if not isinstance(item, dict) else dict(item))
-            yield item
-
-    def replay(iterator: Any, source: Any, items: list[Any]) -> Iterator[Any]:
-        yield from items
-        iterator.iterable = source
-        yield from source
-
-    for iterator, source, items in zip(iterators, sources, given, strict=True):
-        iterator.iterable = record(source, items)
-    try:
-        yield
-    finally:
-        for iterator, source, items in zip(iterators, sources, given, strict=True):
-            iterator.iterable = replay(iterator, source, items)

@@ -28,7 +28,7 @@ def add_kept_tokens(losses: dict[str, torch.Tensor], kept: int) -> None:
     """
     if losses:
         device = next(iter(losses.values())).device
-        losses[KEPT_TOKENS] = torch.tensor([float(kept)], device=device)
+        losses[KEPT_TOKENS] = torch.full((1,), float(kept), device=device)
 
 
 def write_layer_tokens(layer_tokens_so_far: int, iteration: int) -> None:

@@ -79,15 +79,16 @@ class RandomLTD:
         if not models:
             raise RuntimeError("random-LTD: there is no GPTModel or BertModel to drop tokens in")
         blocks = [m.decoder if hasattr(m, "decoder") else m.encoder for m in models]
+        problems = [problem for block in blocks for problem in refused(block.config)]
+        if problems:
+            raise ConfigError(list(dict.fromkeys(problems)))
         if self._resolved is None:
-            transformer_config = blocks[0].config
-            problems = refused(transformer_config)
-            if problems:
-                raise ConfigError(problems)
             facts = _model_facts(
-                transformer_config, seq_length or models[0].max_sequence_length, seed
+                blocks[0].config, seq_length or models[0].max_sequence_length, seed
             )
             self._resolved = resolve(self.config, facts)
+        dropped = set(self.resolved.dropped_layers)
+        blocks = [b for b in blocks if any(n.layer_number in dropped for n in b.layers)]
         for block in blocks:
             check_layers(block)
         for block in blocks:
@@ -117,6 +118,8 @@ class RandomLTD:
         self._kept_tokens = self.resolved.schedule.kept_tokens(position)
         self._consumed_samples = consumed_samples
         self._micro_batch = None
+        for block in self._blocks:
+            block.layers[0].current_microbatch = None  # of the last step, or of an evaluation
         self._in_step = True
 
     def begin_micro_batch(self, index: int) -> None:
@@ -211,12 +214,13 @@ class RandomLTD:
         if rows != (expected * samples if is_packed else expected) or samples < 1:
             raise RuntimeError(
                 f"random-LTD: hidden states have {rows} rows on this rank where --seq-length "
-                f"{length} makes {expected} of a sample; variable lengths do not work"
+                f"{length} makes {expected} of a sample; variable lengths do not work, another "
+                "constant length is attach(seq_length=...)"
             )
         device = hidden_states.device
         positions = sampling.kept_indices(
             self.resolved.seed,
-            _layer_numbers(tuple(dropped), device),
+            _on_device(tuple(dropped), device),
             self._samples(block, samples, device),
             length,
             self.kept_tokens,
@@ -255,15 +259,16 @@ def _rows_of(positions: Tensor, on_rank: list[int], seq_length: int, strata: int
     if on_rank == list(range(strata)):
         return positions
     length = seq_length // strata
-    index = torch.tensor(on_rank, device=positions.device)
+    index = _on_device(tuple(on_rank), positions.device)
     shift = (torch.arange(len(on_rank), device=positions.device) - index) * length
     chosen = positions.unflatten(-1, (strata, -1))[:, :, index] + shift[:, None]
     return chosen.flatten(-2).to(torch.int32)
 
 
 @functools.cache
-def _layer_numbers(layers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(layers, device=device)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    # Cached since the copy to a GPU waits for all it has to do.
+    return torch.tensor(numbers, device=device)
 
 
 @functools.cache

@@ -33,6 +33,11 @@ class Refusal:
     why: str
     way_out: str = "train without it, or without --random-ltd"
 
+    @property
+    def message(self) -> str:
+        """What the user is told."""
+        return f"{self.flag} {self.why}: {self.way_out}"
+
 
 def _truthy(name: str) -> Callable[[Any], Any]:
     return lambda args: getattr(args, name, None)
@@ -95,7 +100,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--calculate-per-token-loss with --num-experts",
-        lambda args: getattr(args, "calculate_per_token_loss", None) and args.num_experts,
+        lambda args: (
+            getattr(args, "calculate_per_token_loss", None)
+            and (getattr(args, "num_experts", None) or getattr(args, "num_moe_experts", None))
+        ),
         "would divide the auxiliary losses of dropped layers by tokens they did not see",
     ),
     Refusal("--window-size", _truthy("window_size"), "counts kept tokens, not positions"),
@@ -122,8 +130,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--sft and --dataloader-inter-document-masking with --context-parallel-size",
-        lambda args: _packs(args) and args.context_parallel_size > 1,
-        "split every document between the ranks, of which each keeps another number of tokens",
+        lambda args: _packs(args) and getattr(args, "context_parallel_size", 1) > 1,
+        "splits every document between the ranks, of which each keeps another number of tokens",
         "use --context-parallel-size 1",
     ),
     Refusal(
@@ -133,8 +141,22 @@ REFUSALS: tuple[Refusal, ...] = (
             and getattr(args, "apply_rope_fusion", None)
             and getattr(args, "position_embedding_type", None) == "rope"
         ),
-        "number the tokens of a document inside the kernel",
+        "numbers the tokens of a document inside the kernel",
         "add --no-rope-fusion",
+    ),
+    Refusal(
+        "--random-ltd-preflight with FP8",
+        lambda args: (
+            getattr(args, "random_ltd_preflight", None)
+            and getattr(args, "fp8", None)
+            and (
+                getattr(args, "fp8_recipe", None) == "delayed"
+                or getattr(args, "reuse_grad_buf_for_mxfp8_param_ag", None)
+            )
+        ),
+        "would leave its maxima in FP8's delayed scaling or empty a parameter buffer shared with "
+        "gradients",
+        "train without the preflight, or try it once with --exit-interval 2 and no --save",
     ),
     Refusal(
         "fused_single_qkv_rope of the TransformerConfig",
@@ -147,11 +169,18 @@ REFUSALS: tuple[Refusal, ...] = (
 
 def refused(args: Any) -> list[str]:
     """Return a sentence for every Megatron feature in use that random-LTD refuses."""
-    return [
-        f"{refusal.flag} {refusal.why}: {refusal.way_out}"
-        for refusal in REFUSALS
-        if refusal.used(args)
-    ]
+    return [refusal.message for refusal in REFUSALS if refusal.used(args)]
+
+
+def refuse_command_line(argv: list[str]) -> None:
+    """Refuse what keeps Megatron from validating its arguments, after which all else is checked.
+
+    Raises:
+        ConfigError: Naming the flag.
+    """
+    if any(argument.partition("=")[0] == "--yaml-cfg" for argument in argv):
+        refusal = next(refusal for refusal in REFUSALS if refusal.flag == "--yaml-cfg")
+        raise ConfigError([refusal.message])
 
 
 def validate(args: Any) -> Resolved:

@@ -91,6 +91,8 @@ def test_layers(text, layers):
         (changed(strata=3), MODEL, ["--seq-length 256 must be a multiple", "strata, 3"]),
         (changed(min_tokens=60, strata=8), MODEL, ["--random-ltd-min-tokens 60 must be"]),
         (changed(increment=4, strata=8), MODEL, ["--random-ltd-increment 4 must be"]),
+        (changed(seed=-1), MODEL, ["--random-ltd-seed -1 must be between 0 and 2**64 - 1"]),
+        (changed(seed=2**64), MODEL, [f"--random-ltd-seed {2**64} must be between"]),
         (
             changed(increment=8),
             Model(256, 8, sequence_parallel_size=2, context_parallel_size=4),

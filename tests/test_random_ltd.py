@@ -242,6 +242,30 @@ def test_recomputation_stores_kept_rows_only():
     assert model.config.recompute_granularity == "full"
 
 
+def saved_bytes(model, mask):
+    """Return the bytes of what is saved for backward."""
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gpt.loss_of(model, mask)
+    return sum(size for size, _ in saved.values())
+
+
+def test_recomputation_stores_no_masks_and_angles_of_kept_tokens():
+    # All but one token: what is stored beside the hidden states shows most.
+    model = gpt.build(**MODELS["full recompute"])
+    mask = gpt.document_mask()
+    random_ltd = attached(model, min_tokens=gpt.SEQ - 1)
+    dense = saved_bytes(model, mask)
+    step(random_ltd)
+    assert saved_bytes(model, mask) < dense
+
+
 def test_recomputation_in_groups_is_kept_where_it_stores_less():
     model = gpt.build(**{**MODELS["recompute in groups"], "recompute_num_layers": 6})
     random_ltd = attached(model)
@@ -310,12 +334,39 @@ def test_missing_micro_batch_is_an_error():
         gpt.loss_of(model)
 
 
+def test_micro_batch_of_an_earlier_step_is_not_used():
+    model = gpt.build()
+    random_ltd = attached(model)
+    for layer in model.decoder.layers:
+        layer.current_microbatch = 5  # what Megatron's schedule left after an evaluation
+    random_ltd.begin_step(0, 0)
+    with pytest.raises(RuntimeError, match="begin_micro_batch"):
+        gpt.loss_of(model)
+
+
+def test_a_forward_replaced_later_sees_real_hidden_states():
+    model = gpt.build()
+    plain = results(model, gpt.plain_loss(model, expected_kept([2, 3, 4, 5])))
+    step(attached(model))
+    layer, seen = model.decoder.layers[2], []
+    inner = layer.forward
+
+    def profiled(**kwargs):
+        seen.append(kwargs["hidden_states"])
+        return inner(**kwargs)
+
+    layer.forward = profiled
+    model.decoder.layers[1].register_forward_hook(lambda *call: seen.append(call[2][0]))
+    assert_equal_results(results(model, gpt.loss_of(model)), plain)
+    assert seen[0] is seen[1]
+
+
 def test_wrong_sequence_length_is_an_error():
     model = gpt.build()
     random_ltd = attached(model)
     step(random_ltd)
     tokens = torch.zeros(2, 12).long()
-    with pytest.raises(RuntimeError, match="12 rows .* where --seq-length 16 makes 16"):
+    with pytest.raises(RuntimeError, match=r"12 rows .* 16 makes 16 .* attach\(seq_length"):
         model(tokens, torch.arange(12).expand(2, -1), None, labels=tokens)
 
 

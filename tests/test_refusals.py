@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from megatron_rltd.config import ConfigError, add_arguments
-from megatron_rltd.refusals import REFUSALS, refused, validate
+from megatron_rltd.refusals import REFUSALS, refuse_command_line, refused, validate
 
 # How a user asks for each refused feature.
 COMMAND_LINES = {
@@ -31,6 +31,7 @@ COMMAND_LINES = {
     "--context-parallel-size 2",
     "--sft and --dataloader-inter-document-masking with fused RoPE": "--position-embedding-type "
     "rope --dataloader-inter-document-masking",
+    "--random-ltd-preflight with FP8": "--random-ltd-preflight --fp8-format hybrid",
     "fused_single_qkv_rope of the TransformerConfig": None,  # has no flag
 }
 MODEL = (
@@ -82,6 +83,13 @@ def test_all_problems_are_reported_at_once(parser):
     assert len(error.value.problems) == 3
 
 
+def test_what_skips_validation_is_refused_before_it():
+    for argument in ("--yaml-cfg=x.yaml", "--yaml-cfg"):
+        with pytest.raises(ConfigError, match="--yaml-cfg replaces the parsed flags"):
+            refuse_command_line(["--random-ltd", argument])
+    refuse_command_line(["--random-ltd"])
+
+
 def test_a_transformer_config_is_refused_alike():
     from megatron.core.transformer import TransformerConfig
 
@@ -89,3 +97,7 @@ def test_a_transformer_config_is_refused_alike():
     assert refused(plain) == []
     plain.tp_comm_overlap = True
     assert refused(plain)[0].startswith("--tp-comm-overlap")
+    plain.tp_comm_overlap, plain.calculate_per_token_loss = False, True
+    assert refused(plain) == []
+    plain.num_moe_experts = 4
+    assert refused(plain)[0].startswith("--calculate-per-token-loss")

@@ -1,6 +1,7 @@
 """Megatron's own training loop, with real processes, against itself."""
 
 import math
+import re
 import shutil
 
 import pytest
@@ -204,6 +205,18 @@ def test_resume_on_another_layout(checkpoint, layout):
     assert resumed.layer_tokens == whole.layer_tokens
 
 
+def test_options_that_mean_the_same_resume(checkpoint):
+    folder, whole = checkpoint
+    resumed = train(f"{BASE} {LTD} --random-ltd-layers 2,3 --load {folder} {FORMAT}")
+    assert_same(resumed, second_half(whole))
+
+
+def test_seed_zero_is_a_seed(checkpoint):
+    folder, _ = checkpoint
+    message = error_of(f"{BASE} {LTD} --random-ltd-seed 0 --load {folder} {FORMAT}")
+    assert "--random-ltd-seed 0 (checkpoint: 1234)" in message
+
+
 def test_strata_left_open_come_from_the_checkpoint(checkpoint):
     folder, whole = checkpoint
     options = LTD.replace(" --random-ltd-strata 8", "")
@@ -301,7 +314,7 @@ def test_preflight_changes_nothing(world_size):
     layout = "--pipeline-model-parallel-size 2" if world_size == 2 else ""
     arguments = f"{BASE.replace('dropout 0', 'dropout 0.1')} {LTD} {layout}"
     ours = train(f"{arguments} --random-ltd-preflight", world_size)
-    assert "preflight at full length --seq-length 64 passed" in ours.output
+    assert "preflight with 56 and 64 kept tokens passed" in ours.output
     assert_same(ours, train(arguments, world_size))
 
 
@@ -310,6 +323,25 @@ def test_preflight_with_the_distributed_optimizer():
         f"{BASE} {LTD} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
     )
     assert_same(train(f"{arguments} --random-ltd-preflight", 2), train(arguments, 2))
+
+
+def test_preflight_leaves_the_statistics_of_routers_alone():
+    options = (
+        "--num-experts 4 --moe-router-topk 2 --moe-router-score-function sigmoid "
+        "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.05 "
+        "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01 "
+        "--disable-bias-linear"
+    )
+    plain = train(f"{BASE} {LTD} {options}")
+    ours = train(f"{BASE} {LTD} {options} --random-ltd-preflight")
+    assert "preflight with" in ours.output
+    assert_same(ours, plain)
+
+    def balance(run):
+        return re.findall(r"seq_load_balancing_loss: ([\d.E+-]+)", run.output)
+
+    assert balance(ours) == balance(plain)
+    assert len(balance(ours)) == STEPS
 
 
 def test_bf16_and_experts_train():
