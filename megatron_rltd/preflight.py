@@ -84,7 +84,7 @@ def _forgotten(model: list[Any], optimizer: Any, config: Any) -> Iterator[None]:
     tracker = tensor_parallel.get_cuda_rng_tracker()
     states = torch.get_rng_state(), torch.cuda.get_rng_state(), tracker.get_states()
     # Statistics of the routers, such as the counts that their biases follow.
-    buffers = [(b, b.clone()) for chunk in model for b in chunk.buffers()]
+    buffers = [(b, b.clone()) for chunk in model for _, b in chunk.named_buffers()]
     losses = {name: values.clone() for name, values in _auxiliary_losses().items()}
 
     def finish_reduction(model: list[Any], *args: Any, **kwargs: Any) -> None:
