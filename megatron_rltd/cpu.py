@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megatron_rltd import cpu_modules
+from megatron_rltd import cpu_modules, versions
 from megatron_rltd.patching import Applied, Patch, apply
 
 CPU = torch.device("cpu")
@@ -227,6 +227,13 @@ PATCHES: tuple[Patch, ...] = (
         copies=("megatron.training.initialize",),
     ),
     Patch(
+        "megatron.training.initialize:validate_args",
+        _set_arguments,
+        "the same in Megatron 0.17, where this module holds and calls a copy",
+        copies=("megatron.training.arguments",),
+        before=(0, 18),
+    ),
+    Patch(
         "megatron.training.training:set_jit_fusion_options",
         _returns(None),
         "its warm-up draws layout-dependent amounts of randomness, which on a GPU goes to another "
@@ -300,7 +307,7 @@ def enable() -> Applied:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Megatron warns when drawing for the device moves the CPU's generator; here they are one.
     logging.getLogger(_RANDOM).addFilter(_not_about_rng)
-    return apply(PATCHES)
+    return apply(versions.rows(PATCHES))
 
 
 def _not_about_rng(record: logging.LogRecord) -> bool:

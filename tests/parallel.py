@@ -4,10 +4,12 @@ Processes are forked from a server that has imported torch and Megatron once, so
 in milliseconds. `run` runs a function on every rank; `train` a whole Megatron training.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 300
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preload"])
@@ -26,6 +29,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment for a Python that uses this repository and the Megatron used here."""
+    here = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join([str(ROOT), *(folder for folder in here if folder)])
+    return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 
 class RankError(AssertionError):
@@ -40,6 +50,7 @@ def _rank_main(function, rank, world_size, port, folder, args):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    os.setsid()  # so that the parent can kill whatever processes Megatron starts from here
     log = Path(folder) / f"{rank}.log"
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
@@ -81,6 +92,9 @@ def run_all(world_size: int, function: Callable, *args: Any) -> list[dict[str, A
         for process in ranks:
             process.start()
         results, problems = _collect(ranks, Path(folder))
+        for process in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     if problems:
         raise RankError(problems[0])
     return results
