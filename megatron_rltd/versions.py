@@ -77,7 +77,13 @@ def known_fingerprints() -> dict[str, dict[str, str]]:
 
 def tested_versions() -> list[str]:
     """Return the tested versions, oldest first."""
-    return sorted({v for hashes in known_fingerprints().values() for v in hashes})
+    found = {version for hashes in known_fingerprints().values() for version in hashes}
+    return sorted(found, key=lambda version: [int(number) for number in version.split(".")])
+
+
+def newest_of_each_minor() -> list[str]:
+    """Return the newest tested version of each minor release, oldest first."""
+    return list({version.rpartition(".")[0]: version for version in tested_versions()}.values())
 
 
 def known() -> dict[str, set[str]]:
