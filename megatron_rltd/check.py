@@ -31,7 +31,7 @@ def main() -> int:
     _print(rows)
     problems = versions.problems()
     print("\nPatched with --random-ltd:")
-    for patch in patches.PATCHES:
+    for patch in versions.rows(patches.PATCHES):
         found = patching.check(patch, versions.known())
         problems += found
         print(
@@ -39,13 +39,14 @@ def main() -> int:
         )
     if cpu.is_needed():
         print("\nPatched to present the CPU to Megatron as its device:")
-        for reason in dict.fromkeys(patch.reason for patch in cpu.PATCHES):
-            text = ", ".join(patch.target for patch in cpu.PATCHES if patch.reason == reason)
+        rows_of_cpu = versions.rows(cpu.PATCHES)
+        for reason in dict.fromkeys(patch.reason for patch in rows_of_cpu):
+            text = ", ".join(patch.target for patch in rows_of_cpu if patch.reason == reason)
             print(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  "))
             print(f"           {reason}")
     print("\nOverridden on the attached model's own block and layers, or relied on:")
-    for symbol in versions.RELIED_ON:
-        print(f"  {symbol}")
+    for row in versions.rows(versions.RELIED_ON):
+        print(f"  {row.target}")
     print("".join(f"\nPROBLEM: {problem}" for problem in problems) or "\nrandom-LTD can run here.")
     return 1 if problems else 0
 

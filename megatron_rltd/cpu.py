@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megatron_rltd import cpu_modules
+from megatron_rltd import cpu_modules, versions
 from megatron_rltd.patching import Applied, Patch, apply
 
 CPU = torch.device("cpu")
@@ -121,16 +121,6 @@ class Stream(contextlib.AbstractContextManager):
     wait_stream = wait_event = synchronize = record = wait = _done
 
 
-def _splits_as_numpy(original):
-    """Give MoE's all-to-all its split sizes as numpy, as `Tensor.is_cuda` makes it do on a GPU."""
-
-    @functools.wraps(original)
-    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    return maybe_move_tensor_to_cpu
-
-
 def _allow_no_cuda(original):
     @functools.wraps(original)
     def initialize_megatron(*args, **kwargs):
@@ -152,14 +142,11 @@ def _set_arguments(original):
 
 def set_arguments(args: Any) -> list[str]:
     """Set the flags that Megatron needs on a CPU; return what changed, one "name=value" each."""
-    changed = [
-        f"{name}={value}"
-        for name, value in CPU_ARGUMENTS.items()
-        if hasattr(args, name) and getattr(args, name) != value
-    ]
+    changed = []
     for name, value in CPU_ARGUMENTS.items():
-        if hasattr(args, name):
+        if hasattr(args, name) and getattr(args, name) != value:
             setattr(args, name, value)
+            changed.append(f"{name}={value}")
     return changed
 
 
@@ -227,6 +214,13 @@ PATCHES: tuple[Patch, ...] = (
         copies=("megatron.training.initialize",),
     ),
     Patch(
+        "megatron.training.initialize:validate_args",
+        _set_arguments,
+        "the same in Megatron 0.17, where this module holds and calls a copy",
+        copies=("megatron.training.arguments",),
+        before=(0, 18),
+    ),
+    Patch(
         "megatron.training.training:set_jit_fusion_options",
         _returns(None),
         "draws from the generator that initial weights have here: TP layouts would differ",
@@ -264,10 +258,17 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
-        _splits_as_numpy,
+        cpu_modules.maybe_move_tensor_to_cpu,
         "leaves split sizes as tensors when nothing is on CUDA",
         parameters=("tensor", "as_numpy", "record_stream"),
         copies=("megatron.core.transformer.moe.moe_utils",),
+    ),
+    Patch(
+        "megatron.core.pipeline_parallel.p2p_communication:_p2p_ops",
+        cpu_modules.p2p_ops,
+        "Megatron 0.17 frees a pipeline stage's output while gloo may still be sending it",
+        parameters=("tensor_send_prev", "tensor_send_next"),
+        before=(0, 18),
     ),
     Patch(
         "megatron.core.optimizer:Adam",
@@ -304,7 +305,7 @@ def enable() -> Applied:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Megatron warns when drawing for the device moves the CPU's generator; here they are one.
     logging.getLogger(_RANDOM).addFilter(_not_about_rng)
-    return apply(PATCHES)
+    return apply(versions.rows(PATCHES))
 
 
 def _not_about_rng(record: logging.LogRecord) -> bool:

@@ -1,7 +1,8 @@
 """What Megatron takes from Apex or Transformer Engine on a GPU, in plain torch for `cpu`.
 
 An Adam for the distributed optimizer, norms under sequence parallelism and attention under context
-parallelism. Each function named after a Megatron symbol is a `patching.Patch` wrapper.
+parallelism; and what Megatron's communication takes from CUDA. Each function named after a Megatron
+symbol is a `patching.Patch` wrapper.
 
 Shapes below: s sequence, b micro batch, n heads, d head size, c context-parallel size.
 """
@@ -111,6 +112,33 @@ def reduce_from_tensor_model_parallel_region(original):
         return original(input_, group)
 
     return reduce
+
+
+def maybe_move_tensor_to_cpu(original):
+    """Give MoE's all-to-all its split sizes as numpy, as `Tensor.is_cuda` makes it do on a GPU."""
+
+    @functools.wraps(original)
+    def move(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return move
+
+
+def p2p_ops(original):
+    """Send aliases between pipeline stages, so that the memory lives until it is sent.
+
+    With interleaved stages Megatron 0.17 sets the ``.data`` of what it sends to an empty tensor
+    without waiting (``megatron/core/pipeline_parallel/schedules.py:deallocate_output_tensor``).
+    """
+
+    @functools.wraps(original)
+    def send_aliases(**kwargs):
+        for name in ("tensor_send_prev", "tensor_send_next"):
+            if kwargs[name] is not None:
+                kwargs[name] = kwargs[name].detach()
+        return original(**kwargs)
+
+    return send_aliases
 
 
 def attention_init(original):

@@ -100,6 +100,14 @@ PATCHES: tuple[Patch, ...] = (
         copies=("megatron.training.initialize",),
     ),
     Patch(
+        "megatron.training.initialize:validate_args",
+        _validate_args,
+        "the same in Megatron 0.17, where this module holds and calls a copy",
+        parameters=("args",),
+        copies=("megatron.training.arguments",),
+        before=(0, 18),
+    ),
+    Patch(
         f"{_TRAINING}:setup_model_and_optimizer",
         _setup_model_and_optimizer,
         "attaches to the model as soon as it exists",
@@ -170,13 +178,15 @@ def apply() -> Applied:
     Raises:
         VersionError: This Megatron is not one that random-LTD was tested with.
     """
+    rows = versions.rows(PATCHES)
     found = versions.problems()
-    found += [problem for patch in PATCHES for problem in patching.check(patch, versions.known())]
+    found += [problem for patch in rows for problem in patching.check(patch, versions.known())]
     versions.require(found)
-    return patching.apply(PATCHES)
+    return patching.apply(rows)
 
 
-def table(patches: tuple[Patch, ...] = PATCHES) -> str:
-    """Return the table as text, a row for each symbol."""
+def table() -> str:
+    """Return the table for the Megatron in this process as text, a row for each symbol."""
+    patches = versions.rows(PATCHES)
     width = max(len(patch.target) for patch in patches)
     return "\n".join(f"  {patch.target:<{width}}  {patch.reason}" for patch in patches)

@@ -33,6 +33,8 @@ class Patch:
         copies: Packages in which modules may hold the original under the same name and keep it.
             In any other module such a copy is an error, since it would bypass the patch.
         create: The attribute need not exist; the wrapper then gets None, and `revert` deletes it.
+        since, before: Releases of the target's package that the row is for, as (major, minor):
+            from `since` on, up to but without `before`. Default: all.
     """
 
     target: str
@@ -41,6 +43,12 @@ class Patch:
     parameters: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
     create: bool = False
+    since: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()
+
+    def is_for(self, release: tuple[int, ...]) -> bool:
+        """Return whether the row is for a release, (major, minor), of the target's package."""
+        return self.since <= release and (not self.before or release < self.before)
 
     def resolve(self) -> tuple[Any, str, Any]:
         """Return (object that owns the attribute, attribute name, original value)."""

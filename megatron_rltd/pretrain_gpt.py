@@ -1,6 +1,7 @@
 """Pretrain a GPT with Megatron's own arguments, datasets, model builder and training loop.
 
-For people without a checkout of Megatron-LM, whose pretrain_gpt.py does the same and more.
+For people without a checkout of Megatron-LM, whose pretrain_gpt.py does the same and more. How
+Megatron wants to be called differs between its releases: see `main`.
 
     python -m megatron_rltd pretrain_gpt --num-layers 8 ... --data-path PREFIX
     torchrun --nproc-per-node 8 -m megatron_rltd pretrain_gpt ...
@@ -21,14 +22,15 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, pretrain, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
 )
 
+from megatron_rltd import versions
 from megatron_rltd.config import ConfigError
+
+RELEASE = versions.release()
 
 
 def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
@@ -48,9 +50,9 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tenso
     batch["attention_mask"] = None
     if args.create_attention_mask_in_dataloader:
         batch |= tensor_parallel.broadcast_data(["attention_mask"], data, torch.bool)
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-    )
+    # 0.18 made this function also the way to split samples unevenly, and asks whether it should.
+    options = {} if RELEASE < (0, 18) else {"is_hybrid_cp": False}
+    return get_batch_on_this_cp_rank(batch, cp_group=mpu.get_context_parallel_group(), **options)
 
 
 def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple:
@@ -142,11 +144,37 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def main() -> None:
-    """Parse Megatron's arguments and train."""
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    """Parse Megatron's arguments and train. Here is where Megatron's releases differ."""
+    defaults = {"tokenizer_type": "GPT2BPETokenizer"}
+    model_type = ModelType.encoder_or_decoder
+    if RELEASE < (0, 18):
+        # pretrain parses and checks the arguments itself: ours are a look ahead.
+        from megatron.training.arguments import parse_args
+
+        from megatron_rltd.model_provider import model_provider
+
+        check_data_path(parse_args())
+        pretrain(
+            datasets_provider, model_provider, model_type, forward_step, args_defaults=defaults
+        )
+        return
+
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(args_defaults=defaults)
     check_data_path(args)
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    if RELEASE < (0, 19):
+        from megatron_rltd.model_provider import model_provider
+
+        config = pretrain_cfg_container_from_args(args)
+        pretrain(config, datasets_provider, model_provider, model_type, forward_step)
+    else:
+        # Megatron builds the model, from the config.
+        from megatron.training.argument_utils import gpt_config_from_args
+
+        config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+        pretrain(config, datasets_provider, model_type, forward_step)
 
 
 if __name__ == "__main__":

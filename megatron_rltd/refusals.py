@@ -51,6 +51,11 @@ _BYPASS = "runs layers without their forward, so that no token would be dropped"
 _STATIC = "sizes buffers once, while the kept length changes"
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("--yaml-cfg", _truthy("yaml_cfg"), "replaces the parsed flags", "use flags"),
+    Refusal(  # until Megatron 0.17
+        "--use-legacy-models",
+        _truthy("use_legacy_models"),
+        "trains a model that is not Megatron-core's",
+    ),
     Refusal(
         "--overlap-moe-expert-parallel-comm", _truthy("overlap_moe_expert_parallel_comm"), _BYPASS
     ),

@@ -18,17 +18,29 @@ from megatron_rltd.patching import Patch
 OLDEST, NEWER_THAN_TESTED = (0, 17), (0, 20)
 ALLOW_UNTESTED = "MEGATRON_RLTD_ALLOW_UNTESTED"
 
+
+def _relied_on(target: str, since: tuple[int, ...] = (), before: tuple[int, ...] = ()) -> Patch:
+    # A row that changes nothing. Copies elsewhere are fine: these functions stay as they are.
+    copies = ("megatron",)
+    return Patch(target, lambda f: f, "", copies=copies, since=since, before=before)
+
+
 # Called, called by, or imitated, but not replaced.
-RELIED_ON: tuple[str, ...] = (
-    "megatron.core.transformer.transformer_block:TransformerBlock.forward",
-    "megatron.core.transformer.transformer_layer:TransformerLayer.forward",
-    "megatron.core.transformer.transformer_layer:TransformerLayer._forward_attention",
-    "megatron.core.transformer.module:GraphableMegatronModule.__call__",
-    "megatron.core.tensor_parallel.random:checkpoint",
-    "megatron.core.tensor_parallel.mappings:_split_along_first_dim",
-    "megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb",
-    "megatron.core.pipeline_parallel.schedules:forward_step",
-    "megatron.training.datasets.data_samplers:MegatronPretrainingSampler.__iter__",
+RELIED_ON: tuple[Patch, ...] = (
+    _relied_on("megatron.core.transformer.transformer_block:TransformerBlock.forward"),
+    _relied_on(
+        "megatron.core.transformer.transformer_block:TransformerBlock._checkpointed_forward",
+        before=(0, 18),
+    ),
+    _relied_on("megatron.core.recompute:checkpointed_forward", since=(0, 18)),
+    _relied_on("megatron.core.transformer.transformer_layer:TransformerLayer.forward"),
+    _relied_on("megatron.core.transformer.transformer_layer:TransformerLayer._forward_attention"),
+    _relied_on("megatron.core.transformer.module:GraphableMegatronModule.__call__"),
+    _relied_on("megatron.core.tensor_parallel.random:checkpoint"),
+    _relied_on("megatron.core.tensor_parallel.mappings:_split_along_first_dim"),
+    _relied_on("megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb"),
+    _relied_on("megatron.core.pipeline_parallel.schedules:forward_step"),
+    _relied_on("megatron.training.datasets.data_samplers:MegatronPretrainingSampler.__iter__"),
 )
 
 
@@ -47,6 +59,16 @@ def megatron_version() -> str:
     return __version__.partition("+")[0]
 
 
+def release() -> tuple[int, ...]:
+    """Return (major, minor) of the megatron-core in this process, such as (0, 19)."""
+    return tuple(int(number) for number in megatron_version().split(".")[:2])
+
+
+def rows(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
+    """Return the rows of a table that are for the megatron-core in this process."""
+    return tuple(patch for patch in patches if patch.is_for(release()))
+
+
 @functools.cache
 def known_fingerprints() -> dict[str, dict[str, str]]:
     """Return {symbol: {version: fingerprint}} of the tested versions."""
@@ -55,7 +77,13 @@ def known_fingerprints() -> dict[str, dict[str, str]]:
 
 def tested_versions() -> list[str]:
     """Return the tested versions, oldest first."""
-    return sorted({v for hashes in known_fingerprints().values() for v in hashes})
+    found = {version for hashes in known_fingerprints().values() for version in hashes}
+    return sorted(found, key=lambda version: [int(number) for number in version.split(".")])
+
+
+def newest_of_each_minor() -> list[str]:
+    """Return the newest tested version of each minor release, oldest first."""
+    return list({version.rpartition(".")[0]: version for version in tested_versions()}.values())
 
 
 def known() -> dict[str, set[str]]:
@@ -67,9 +95,7 @@ def known() -> dict[str, set[str]]:
 
 def problems() -> list[str]:
     """Return what differs, in the functions of `RELIED_ON`, from the tested versions."""
-    # Copies elsewhere are fine: these functions stay as they are.
-    rows = [Patch(s, lambda original: original, "", copies=("megatron",)) for s in RELIED_ON]
-    return [problem for row in rows for problem in patching.check(row, known())]
+    return [problem for row in rows(RELIED_ON) for problem in patching.check(row, known())]
 
 
 def require(found: list[str]) -> None:

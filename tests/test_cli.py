@@ -1,19 +1,15 @@
 """The command line, as a user types it."""
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from megatron_rltd import cpu, patches
+from megatron_rltd import cpu, patches, versions
 from megatron_rltd.config import FIELDS, flag
-from tests.parallel import free_port, run_all
+from tests.parallel import environment, free_port, run_all
 from tests.test_training import BASE, LTD
-
-ROOT = Path(__file__).parent.parent
 
 
 def _main(argv):
@@ -57,9 +53,9 @@ def test_what_is_no_script(line, message):
 def test_check_lists_every_patch():
     status, output = cli("--check")
     assert status == 0
-    for patch in patches.PATCHES:
+    for patch in versions.rows(patches.PATCHES):
         assert f"ok       {patch.target}" in output
-    for patch in cpu.PATCHES:
+    for patch in versions.rows(cpu.PATCHES):
         assert patch.target in output
     assert "random-LTD can run here." in output
 
@@ -107,10 +103,6 @@ def test_missing_and_empty_data(tmp_path):
     assert status == 2
     assert f"{tmp_path}/text.bin is empty" in only_error(output)
     assert f"{tmp_path}/text.idx is missing" in only_error(output)
-
-
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
 def test_torchrun(tmp_path):

@@ -1,20 +1,17 @@
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
 from megatron_rltd import patches, patching, versions
-
-ROOT = Path(__file__).parent.parent
+from tests.parallel import ROOT, environment, run
 
 
 def resolved():
-    return {patch.target: patch.resolve()[2] for patch in patches.PATCHES}
+    return {patch.target: patch.resolve()[2] for patch in versions.rows(patches.PATCHES)}
 
 
 def test_the_installed_megatron_is_tested():
@@ -22,20 +19,41 @@ def test_the_installed_megatron_is_tested():
     assert versions.megatron_version() == importlib.metadata.version("megatron-core")
 
 
+def _in_use():
+    import megatron.core
+    import megatron.training
+
+    return [versions.megatron_version(), megatron.core.__file__, megatron.training.__file__]
+
+
+def test_the_ranks_of_tests_run_the_same_megatron():
+    assert run(2, _in_use) == [_in_use()] * 2
+
+
+def contract(row):
+    """Return the original if the row is for this Megatron; else its symbol must not be there."""
+    if row.is_for(versions.release()):
+        assert patching.check(row, versions.known()) == []
+        return row.resolve()[2]
+    with pytest.raises(patching.PatchError, match="does not exist"):
+        row.resolve()
+    return None
+
+
 @pytest.mark.parametrize("patch", patches.PATCHES, ids=lambda patch: patch.target)
 def test_contract_of_each_row(patch):
-    assert patching.check(patch, versions.known()) == []
-    original = patch.resolve()[2]
+    original = contract(patch)
     if original is not None:  # fused_apply_rotary_pos_emb without Transformer Engine
         stored = versions.known_fingerprints()[patch.target]
         assert stored[versions.megatron_version()] == patching.fingerprint(original)
 
 
-@pytest.mark.parametrize("symbol", versions.RELIED_ON)
-def test_contract_of_what_is_relied_on(symbol):
-    stored = versions.known_fingerprints()[symbol]
-    original = patching.Patch(symbol, lambda f: f, "").resolve()[2]
-    assert stored[versions.megatron_version()] == patching.fingerprint(original)
+@pytest.mark.parametrize("row", versions.RELIED_ON, ids=lambda row: row.target)
+def test_contract_of_what_is_relied_on(row):
+    stored = versions.known_fingerprints()[row.target]
+    original = contract(row)
+    expected = None if original is None else patching.fingerprint(original)
+    assert stored.get(versions.megatron_version()) == expected
 
 
 def test_versions_are_within_the_declared_window():
@@ -79,11 +97,37 @@ def test_a_missing_symbol_stops_everything_even_so(monkeypatch):
     before = resolved()
     monkeypatch.setenv(versions.ALLOW_UNTESTED, "1")
     monkeypatch.delattr(checkpointing, "check_checkpoint_args")
-    with pytest.raises(versions.VersionError, match="check_checkpoint_args does not exist"):
+    with pytest.raises(
+        versions.VersionError, match="check_checkpoint_args does not exist"
+    ) as error:
         patches.apply()
+    for version in (versions.megatron_version(), *versions.tested_versions()):
+        assert version in str(error.value)
     del before["megatron.training.checkpointing:check_checkpoint_args"]
-    rest = {p.target: p.resolve()[2] for p in patches.PATCHES if p.target in before}
+    rows = versions.rows(patches.PATCHES)
+    rest = {p.target: p.resolve()[2] for p in rows if p.target in before}
     assert all(rest[name] is value for name, value in before.items())
+
+
+def test_what_is_relied_on_must_be_there_too(monkeypatch):
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    monkeypatch.delattr(TransformerBlock, "forward")
+    with pytest.raises(versions.VersionError, match="TransformerBlock.forward"):
+        patches.apply()
+
+
+def test_a_release_lacks_what_only_others_have(monkeypatch):
+    monkeypatch.setattr(versions, "megatron_version", lambda: "0.17.0rc0")
+    assert versions.release() == (0, 17)
+    old = {row.target for row in versions.rows(versions.RELIED_ON + patches.PATCHES)}
+    monkeypatch.setattr(versions, "megatron_version", lambda: "0.20.0")
+    new = {row.target for row in versions.rows(versions.RELIED_ON + patches.PATCHES)}
+    assert old - new == {
+        "megatron.core.transformer.transformer_block:TransformerBlock._checkpointed_forward",
+        "megatron.training.initialize:validate_args",
+    }
+    assert new - old == {"megatron.core.recompute:checkpointed_forward"}
 
 
 def test_a_copy_made_too_early_stops_everything(monkeypatch):
@@ -140,13 +184,13 @@ def test_public_names_exist():
 
 
 def test_the_fingerprint_tool_agrees_with_the_file():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "tools/fingerprints.py"]
+    command = [sys.executable, "tools/fingerprints.py"]
     output = subprocess.run(
-        command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True
+        command, check=True, cwd=ROOT, env=environment(), capture_output=True, text=True
     ).stdout
     stored = json.loads((ROOT / "megatron_rltd" / "fingerprints.json").read_text())
     lines = [line.split() for line in output.splitlines()]
-    assert len(lines) == len(stored)
+    version = versions.megatron_version()
+    assert {symbol for _, symbol in lines} == {s for s in stored if version in stored[s]}
     for value, symbol in lines:
-        assert stored[symbol][versions.megatron_version()] == value
+        assert stored[symbol][version] == value

@@ -160,3 +160,14 @@ def test_undo_of_other_things_runs_first(target):
     applied.on_revert(lambda: order.append(target.LIMIT))
     applied.revert()
     assert order == [4]
+
+
+def test_rows_for_some_releases_only():
+    always = Patch("m:f", doubled, "")
+    old, new = Patch("m:f", doubled, "", before=(0, 18)), Patch("m:f", doubled, "", since=(0, 18))
+    both = Patch("m:f", doubled, "", since=(0, 18), before=(1, 0))
+    releases = [(0, 17), (0, 18), (0, 19), (1, 0)]
+    assert [always.is_for(r) for r in releases] == [True] * 4
+    assert [old.is_for(r) for r in releases] == [True, False, False, False]
+    assert [new.is_for(r) for r in releases] == [False, True, True, True]
+    assert [both.is_for(r) for r in releases] == [False, True, True, False]

@@ -10,19 +10,18 @@ import json
 from pathlib import Path
 
 from megatron_rltd import patches, versions
-from megatron_rltd.patching import Patch, fingerprint
+from megatron_rltd.patching import fingerprint
 
 STORE = Path(versions.__file__).parent / "fingerprints.json"
 
 
 def fingerprints() -> dict[str, str]:
     """Return {symbol: fingerprint} of each function that random-LTD wraps or relies on."""
-    symbols = [*versions.RELIED_ON, *(patch.target for patch in patches.PATCHES)]
     found = {}
-    for symbol in symbols:
-        _, _, original = Patch(symbol, lambda original: original, "").resolve()
+    for row in versions.rows(versions.RELIED_ON + patches.PATCHES):
+        _, _, original = row.resolve()
         if inspect.isfunction(inspect.unwrap(original)) if original is not None else False:
-            found[symbol] = fingerprint(original)
+            found[row.target] = fingerprint(original)
     return found
 
 
