@@ -82,28 +82,25 @@ RANDOM_LTD_ARGS=(
   --random-ltd-ramp-iters $((steps * 7 / 10))
 )
 
-# Show one short line for each of Megatron's log lines.
+# Show one short line for each of Megatron's log lines. (Not with awk: some read in blocks.)
 progress() {
-  awk -v run="$1" '
-    / iteration .*elapsed time/ {
-      n = split($0, part, "|")
-      kept = ""
-      for (i = 1; i <= n; i++) {
-        split(part[i], pair, ":")
-        if (part[i] ~ / iteration +[0-9]+\//) { step = part[i]; sub(/.* iteration +/, "", step) }
-        if (part[i] ~ /elapsed time/) ms = pair[2]
-        if (part[i] ~ /lm loss/) loss = pair[2]
-        if (part[i] ~ /kept tokens/) kept = sprintf("   kept tokens %3d", pair[2])
-      }
-      gsub(/ /, "", step)
-      printf "%-11s step %-9s loss %.3f   %5d ms%s\n", run, step, loss, ms, kept
-      fflush()
-    }
-    / validation loss at iteration [0-9]+ \|/ {
-      split($0, part, ":"); split(part[2], value, "|")
-      printf "%-11s validation loss %.4f\n", run, value[1]
-      fflush()
-    }'
+  local run=$1 line kept
+  trap 'printf "%-11s stopping after this step, saving ...\n" "$run"' INT
+  # A signal interrupts read, which then returns more than 128.
+  while IFS= read -r line || [ $? -gt 128 ]; do
+    if [[ $line =~ \ iteration\ +([0-9]+)/\ *([0-9]+).*elapsed\ time[^:]*:\ *([0-9]+) ]]; then
+      set -- "${BASH_REMATCH[@]}"
+      kept=
+      if [[ $line =~ kept\ tokens:\ *([^ ]+) ]]; then
+        printf -v kept '   kept tokens %3.0f' "${BASH_REMATCH[1]}"
+      fi
+      [[ $line =~ lm\ loss:\ *([^ ]+) ]]
+      printf '%-11s step %-9s loss %.3f   %5d ms%s\n' \
+        "$run" "$2/$3" "${BASH_REMATCH[1]:-nan}" "$4" "$kept"
+    elif [[ $line =~ \ validation\ loss\ at\ iteration\ [0-9]+\ \|[^:]*:\ *([^ ]+) ]]; then
+      printf '%-11s validation loss %.4f\n' "$run" "${BASH_REMATCH[1]}"
+    fi
+  done
 }
 
 train() {
@@ -120,7 +117,7 @@ train() {
     "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@" \
     --tensorboard-dir "$run/tensorboard" --save "$run/checkpoints" --load "$run/checkpoints" \
     --save-interval "$steps" --exit-signal-handler --exit-signal SIGINT 2>&1 |
-    (trap '' INT; tee -a "$run/log.txt" | progress "$name") || status=$?
+    { (trap '' INT; exec tee -a "$run/log.txt") | progress "$name"; } || status=$?
   stop_if_interrupted
   if [ "$status" -ne 0 ]; then
     tail -n 20 "$run/log.txt" >&2

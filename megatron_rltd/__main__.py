@@ -17,7 +17,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from megatron_rltd import __version__
+from megatron_rltd import __version__, versions
 from megatron_rltd.config import ConfigError, add_arguments
 from megatron_rltd.refusals import refuse_command_line
 from megatron_rltd.versions import VersionError
@@ -73,6 +73,7 @@ def prepare(script: Path, args: list[str]) -> None:
         warnings.filterwarnings("ignore")
     _single_process_rendezvous()
 
+    versions.require_installed()
     from megatron_rltd import cpu
 
     on_cpu = cpu.is_needed()

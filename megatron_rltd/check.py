@@ -1,6 +1,7 @@
 """``python -m megatron_rltd --check``: what is installed here, and what would be patched."""
 
 import platform
+import sys
 import textwrap
 import warnings
 
@@ -12,6 +13,14 @@ PACKAGES = ("megatron-core", "transformer-engine", "tensorboard", "matplotlib", 
 def main() -> int:
     """Print the report; return 0 if random-LTD can run here and 1 if not."""
     warnings.filterwarnings("ignore")  # Megatron's, of what it does not find on a CPU
+    if sys.version_info < (3, 12):  # noqa: UP036  not installed, only found beside a script
+        print(f"{sys.executable} is Python {platform.python_version()}; 3.12 or newer is needed")
+        return 1
+    try:
+        versions.require_installed()
+    except versions.VersionError as error:
+        print(error)
+        return 1
     import torch
 
     from megatron_rltd import cpu, patches
@@ -21,12 +30,7 @@ def main() -> int:
     rows += [(name, versions.package_version(name) or "not installed") for name in PACKAGES]
     rows.append(("device", "CPU (gloo)" if cpu.is_needed() else torch.cuda.get_device_name()))
     rows.append(("token moves", "torch"))
-    try:
-        rows.append(("Megatron in use", versions.megatron_version()))
-    except ImportError as error:
-        _print(rows)
-        print(f"\nmegatron-core does not import: {error}\npip install 'megatron-core[training]'")
-        return 1
+    rows.append(("Megatron in use", versions.megatron_version()))
     rows.append(("tested with", ", ".join(versions.tested_versions())))
     _print(rows)
     problems = versions.problems()

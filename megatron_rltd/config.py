@@ -43,8 +43,9 @@ class RandomLTDConfig:
     """Length of the ramp in samples, instead of iterations."""
 
     increment: int = 16
-    """The kept length is a multiple of this number of tokens, so that it takes few distinct values
-    and tensor cores like them. The default is the paper's."""
+    """Between the minimum and the sequence length, the kept length is a multiple of this number of
+    tokens, so that it takes few distinct values and tensor cores like them. The default is the
+    paper's."""
 
     root_degree: int = 1
     """The kept length grows with this root of the training progress: 1 linearly, 2 with the square
@@ -229,7 +230,8 @@ def resolve(config: RandomLTDConfig, model: Model) -> Resolved:
     require(0 <= seed < 2**64, f"{flag('seed')} {seed} must be between 0 and 2**64 - 1")
     require(
         0 < k0 <= s,
-        f"{flag('min_tokens')} {k0} must be between 1 and --seq-length {s}",
+        f"{flag('min_tokens')} {k0}{' (the default)' * (k0 == RandomLTDConfig.min_tokens)} must be "
+        f"between 1 and --seq-length {s}",
     )
     layers: tuple[int, ...] = ()
     try:

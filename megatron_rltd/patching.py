@@ -31,7 +31,8 @@ class Patch:
         reason: Why this symbol, in one sentence; printed in the table of patches.
         parameters: Names of the target's parameters that the wrapper relies on.
         copies: Packages in which modules may hold the original under the same name and keep it.
-            In any other module such a copy is an error, since it would bypass the patch.
+            In any other module such a copy is an error, since it would bypass the patch. "" is
+            for all modules.
         create: The attribute need not exist; the wrapper then gets None, and `revert` deletes it.
         since, before: Releases of the target's package that the row is for, as (major, minor):
             from `since` on, up to but without `before`. Default: all.
@@ -139,11 +140,11 @@ def check(patch: Patch, known: Mapping[str, Iterable[str]]) -> list[str]:
             problems.append(f"{patch.target} has source fingerprint {found}, never tested")
     module_name = patch.target.partition(":")[0]
     if callable(original) and "." not in patch.target.partition(":")[2]:
-        allowed = tuple(f"{prefix}." for prefix in (module_name, *patch.copies))
+        allowed = tuple(prefix and f"{prefix}." for prefix in (module_name, *patch.copies))
         for other_name, other in list(sys.modules.items()):
-            if other is None or f"{other_name}.".startswith(allowed):
+            if f"{other_name}.".startswith(allowed):
                 continue
-            if vars(other).get(name) is original:
+            if getattr(other, "__dict__", {}).get(name) is original:
                 problems.append(
                     f"{other_name} imported {patch.target} by name before it could be patched"
                 )

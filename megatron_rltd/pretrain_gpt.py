@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from megatron.core import mpu, tensor_parallel
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -31,6 +36,13 @@ from megatron_rltd import versions
 from megatron_rltd.config import ConfigError
 
 RELEASE = versions.release()
+# Flags that have Megatron-LM's script read other data than this one.
+OTHER_DATA = (
+    "--sft",
+    "--dataloader-inter-document-masking",
+    "--fim-data",
+    "--hybrid-context-parallel",
+)
 
 
 def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
@@ -90,7 +102,13 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple:
 
 
 def check_data_path(args: Any) -> None:
-    """Raise ConfigError, naming each file, unless every data set of the arguments exists."""
+    """Raise ConfigError, naming each file, unless there is data for every set that is asked for.
+
+    And data of a kind that this script reads.
+    """
+    other = [flag for flag in OTHER_DATA if getattr(args, flag[2:].replace("-", "_"), None)]
+    if other:
+        raise ConfigError([f"{flag}: use the pretrain_gpt.py of Megatron-LM" for flag in other])
     if args.mock_data:
         return
     blend, per_split = get_blend_and_blend_per_split(args)
@@ -104,8 +122,28 @@ def check_data_path(args: Any) -> None:
     ]
     if not prefixes:
         problems.append("there is no data: give --data-path PREFIX or --mock-data")
+    elif blend and not problems:
+        for prefix in blend[0]:
+            problems += empty_sets(args.split or "969, 30, 1", prefix)  # Megatron's default
     if problems:
         raise ConfigError(problems)
+
+
+def empty_sets(split: str, prefix: str) -> list[str]:
+    """Return a sentence for each set that a split gives no document of a data set.
+
+    Megatron would search such a set for samples for ever
+    (``megatron/core/datasets/blended_megatron_dataset_builder.py``).
+    """
+    documents = len(IndexedDataset(prefix))
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    sets = zip(("training", "validation", "test"), matrix, strict=True)
+    return [
+        f"--split {split} leaves none of the {documents} documents of {prefix} for {name}: give it "
+        "a larger share, or 0 as in --split 90,10,0 or --split 100,0,0 --eval-iters 0"
+        for name, share in sets
+        if share and round(share[0] * documents) == round(share[1] * documents)
+    ]
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:

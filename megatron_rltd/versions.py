@@ -7,8 +7,10 @@ another source stops the run before anything is patched: its behaviour is unknow
 """
 
 import functools
+import importlib.util
 import json
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -21,8 +23,7 @@ ALLOW_UNTESTED = "MEGATRON_RLTD_ALLOW_UNTESTED"
 
 def _relied_on(target: str, since: tuple[int, ...] = (), before: tuple[int, ...] = ()) -> Patch:
     # A row that changes nothing. Copies elsewhere are fine: these functions stay as they are.
-    copies = ("megatron",)
-    return Patch(target, lambda f: f, "", copies=copies, since=since, before=before)
+    return Patch(target, lambda f: f, "", copies=("",), since=since, before=before)
 
 
 # Called, called by, or imitated, but not replaced.
@@ -46,6 +47,20 @@ RELIED_ON: tuple[Patch, ...] = (
 
 class VersionError(RuntimeError):
     """This Megatron is not one that random-LTD was tested with. Nothing has been patched."""
+
+
+def require_installed() -> None:
+    """Raise VersionError, saying how to get it, if Python finds no megatron-core or torch."""
+    for package, module in (("torch", "torch"), ("megatron-core[training]", "megatron.core")):
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # of the parent package
+            found = None
+        if not found:
+            raise VersionError(
+                f"{sys.executable} finds no {module}: pip install '{package}', run the script of a "
+                "Megatron-LM checkout, or use the environment that Megatron is installed in"
+            )
 
 
 def megatron_version() -> str:

@@ -50,6 +50,13 @@ def test_what_is_no_script(line, message):
     assert output.strip() == f"megatron_rltd: {message}"
 
 
+@pytest.mark.parametrize("flag", ["--sft", "--dataloader-inter-document-masking"])
+def test_data_that_the_bundled_script_does_not_read(flag):
+    status, output = cli(f"pretrain_gpt {BASE} {LTD} --no-rope-fusion {flag}")
+    assert status == 2
+    assert only_error(output).strip() == f"- {flag}: use the pretrain_gpt.py of Megatron-LM"
+
+
 def test_check_lists_every_patch():
     status, output = cli("--check")
     assert status == 0
@@ -77,7 +84,7 @@ def only_error(output: str) -> str:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_wrong_arguments_are_one_error_on_one_rank(world_size):
-    line = f"{BASE} {LTD} --random-ltd-layers 2-7 --random-ltd-ramp-samples 5 --sft"
+    line = f"{BASE} {LTD} --random-ltd-layers 2-7 --random-ltd-ramp-samples 5 --perform-rl-step"
     status, output = cli(f"pretrain_gpt {line}", world_size)
     assert status == 2
     problems = only_error(output).strip().splitlines()

@@ -384,6 +384,12 @@ def test_noisy_times_are_noted(dense, tmp_path):
     assert "other: neighbouring log intervals differ by over 5%, so wall-clock is rough" in (
         compare_runs.notes(runs, "dense")
     )
+    assert compare_runs.summarise(runs, "dense")[1]["wall_clock_saved"] is not None
+    times.update({i: 1.0 + 0.6 * (i % 4 == 0) for i in times})
+    assert any("the time says nothing" in note for note in compare_runs.notes(runs, "dense"))
+    row = compare_runs.summarise(runs, "dense")[1]
+    assert row["wall_clock_saved"] is row["saving_realised"] is None
+    assert row["compute_saved"] is not None
 
 
 def test_files_hold_full_precision(dense, tmp_path, capsys):

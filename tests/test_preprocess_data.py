@@ -64,7 +64,7 @@ def megatron_tokenizer(flags):
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import _add_tokenizer_args
 
-    args = _add_tokenizer_args(argparse.ArgumentParser()).parse_args(flags)
+    args = _add_tokenizer_args(argparse.ArgumentParser()).parse_known_args(flags)[0]
     args.rank, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size = 0, 128, 1
     return build_tokenizer(args)
 
@@ -214,10 +214,24 @@ def test_bytes_without_eod(tmp_path):
     assert read(tmp_path / "out_text_document") == [[list(b"abc")]]
 
 
+@pytest.mark.parametrize("documents", [1, 4, 5, 9, 10, 999, 1000, 10**6])
+def test_printed_split_leaves_no_set_empty(documents):
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    flags = preprocess_data.split_flags(documents)
+    split = flags[1] if flags else "969, 30, 1"
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    for share in matrix:
+        assert share is None or round(share[0] * documents) < round(share[1] * documents)
+
+
 def test_bpe_trains_what_megatron_loads(bpe):
     prefix, jsonl, stdout = bpe
     flags = printed_flags(stdout)
-    assert flags[4:] == ["--tokenizer-model", f"{prefix}_tokenizer"]
+    assert flags[4:] == ["--tokenizer-model", f"{prefix}_tokenizer", "--split", "90,10,0"]
     tokenizer = megatron_tokenizer(flags[2:])
     assert tokenizer.vocab_size == 600
     assert tokenizer.detokenize([tokenizer.eod]) == EOD_TEXT
@@ -389,7 +403,7 @@ def test_tokenizer_json_alone_is_stored_with_its_end_token(bpe, tmp_path, capsys
             *("--tokenizer-model", model, *flags, "--output-prefix", tmp_path / "out"),
         )
         printed = printed_flags(capsys.readouterr().out)
-        assert printed[-1] == stored
+        assert printed[5] == stored
         assert megatron_tokenizer(printed[2:]).detokenize([0]) == EOD_TEXT
         ours = (tmp_path / "out_text_document.bin").read_bytes()
         assert ours == Path(f"{prefix}_text_document.bin").read_bytes()

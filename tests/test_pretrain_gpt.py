@@ -59,3 +59,32 @@ def test_models_that_it_cannot_build_are_an_error(monkeypatch):
         monkeypatch.setattr(model_provider, "get_args", lambda args=args: args)
         with pytest.raises(ConfigError, match=f"{flag}: use the pretrain_gpt.py of Megatron-LM"):
             model_provider.model_provider()
+
+
+@pytest.mark.parametrize(
+    ("documents", "split", "missing"),
+    [
+        (10, "90,10,0", []),
+        (10, "969, 30, 1", ["validation", "test"]),
+        (1, "100,0,0", []),
+        (1, "50,50", ["training"]),
+        (2000, "969, 30, 1", []),
+    ],
+)
+def test_sets_without_a_document_are_named(tmp_path, documents, split, missing):
+    # Megatron would search them for samples for ever.
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from megatron_rltd.pretrain_gpt import empty_sets
+
+    prefix = str(tmp_path / "data")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin")
+    for _ in range(documents):
+        builder.add_document(torch.arange(3), [3])
+    builder.finalize(f"{prefix}.idx")
+    problems = empty_sets(split, prefix)
+    assert len(problems) == len(missing)
+    for problem, name in zip(problems, missing, strict=True):
+        assert f"--split {split} leaves none of the {documents} documents" in problem
+        assert f"for {name}: give it" in problem

@@ -43,6 +43,7 @@ def test_quickstart_survives_ctrl_c(tmp_path):
             break
     rest = quickstart.communicate(timeout=120)[0]
     assert quickstart.returncode == 130, "".join(output) + rest
+    assert "stopping after this step" in rest
     assert "the same command continues" in rest
     assert "Traceback" not in rest
     time.sleep(1)

@@ -42,7 +42,9 @@ from run_logs import (
 
 ISO_COMPUTE_TOLERANCE = 0.01
 LEAST_SAVING = 0.01  # below it the share realised is a quotient of noise
-LOUD = 0.05  # typical change of the iteration time from one log interval to the next
+# Typical change of the iteration time from one log interval to the next.
+LOUD = 0.05  # worth saying
+TOO_LOUD = 0.25  # the machine had other things to do: wall-clock says nothing
 # Arguments that must agree for a difference between runs to be due to dropping.
 SHARED = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_experts seq_length "
@@ -71,12 +73,21 @@ def summarise(runs: dict[str, Run], baseline: str) -> list[dict[str, Any]]:
     return [{key: None if value != value else value for key, value in r.items()} for r in rows]
 
 
+def jitter(run: Run) -> float:
+    """Return the typical change of the iteration time between log intervals, as a share of it."""
+    times = list(run.points(ITERATION_TIME).values())
+    if len(times) < 2:
+        return 0.0
+    return median(abs(b - a) for a, b in pairwise(times)) / median(times)
+
+
 def _row(name: str, run: Run, base: Run) -> dict[str, Any]:
     losses = validation(run)[1]
     samples, tokens, flops = run.last(SAMPLES), run.last(LAYER_TOKENS), total_flops(run)
     seconds = total_seconds(run)
     same_part = run is not base and run.start == base.start
-    same_gpus = same_part and run.world_sizes == base.world_sizes
+    quiet = max(jitter(run), jitter(base)) <= TOO_LOUD
+    same_gpus = same_part and run.world_sizes == base.world_sizes and quiet
     saved = 1 - flops / total_flops(base) if same_part else math.nan
     faster = 1 - seconds / total_seconds(base) if same_gpus else math.nan
     of_base = tokens / base.last(LAYER_TOKENS)
@@ -142,10 +153,13 @@ def _notes(run: Run, base: Run, baseline: str) -> Iterator[str]:
         yield f"random-LTD is on, but '{LAYER_TOKENS}' or '{KEPT_TOKENS}' is not in the log"
     if times and times == run.points(WARM_UP):
         yield "only one log interval, so the time includes warm-up: use a smaller --log-interval"
-    if len(times) > 1:
-        jitter = median(abs(b - a) for a, b in pairwise(times.values())) / median(times.values())
-        if jitter > LOUD:
-            yield f"neighbouring log intervals differ by over {LOUD:.0%}, so wall-clock is rough"
+    if jitter(run) > TOO_LOUD:
+        yield (
+            f"neighbouring log intervals differ by over {TOO_LOUD:.0%}: the machine had other "
+            "things to do, so that the time says nothing"
+        )
+    elif jitter(run) > LOUD:
+        yield f"neighbouring log intervals differ by over {LOUD:.0%}, so wall-clock is rough"
     if run.start != base.start:
         yield f"no savings, its log begins at iteration {run.start}, {baseline}'s at {base.start}"
     if run.world_sizes != base.world_sizes:

@@ -78,7 +78,8 @@ make_environment() {
       "$venv/bin/python" -m pip install --no-cache-dir -c "$pins" \
         torch 'megatron-core[training]>=0.17,<0.20' tokenizers tensorboard matplotlib tqdm zstandard \
         pytest ruff mypy setuptools &&
-      "$venv/bin/python" -m pip install --no-deps --no-build-isolation -e "$root"
+      "$venv/bin/python" -m pip install --no-deps --no-build-isolation \
+        --config-settings editable_mode=compat -e "$root"  # found from beside the checkout too
   } >"$venv/setup.log" 2>&1 || {
     tail -n 15 "$venv/setup.log" >&2
     give_up "setting up failed; the whole log is $venv/setup.log. Run the command again to go on"

@@ -246,11 +246,21 @@ def report(args: argparse.Namespace, tokenizer: Tokenizer, counts: Counts, secon
     if tokenizer.is_new:
         model = stored_tokenizer(args)
         lines.append(f"stored a tokenizer of {tokenizer.vocab_size} tokens in {model}")
-    flags = tokenization.training_flags(model)
+    flags = [*tokenization.training_flags(model), *split_flags(counts.documents)]
     for path in output_paths(args).values():
         lines.append(f"train with: --data-path {shlex.join([path, *flags])}")
     # In one piece, so that a pipe to head does not break between two of them.
     sys.stdout.write("".join(line + "\n" for line in lines))
+
+
+def split_flags(documents: int) -> list[str]:
+    """Return the flags for a data set too small for Megatron's default --split 969,30,1.
+
+    A set without a document would keep Megatron searching for ever.
+    """
+    if documents >= 1000:
+        return []
+    return ["--split", "90,10,0"] if documents >= 5 else ["--split", "100,0,0", "--eval-iters", "0"]
 
 
 def main(argv: list[str] | None = None) -> int:
