@@ -89,7 +89,7 @@ def test_wrong_arguments_are_one_error_on_one_rank(world_size):
     assert status == 2
     problems = only_error(output).strip().splitlines()
     assert len(problems) == 3
-    assert "--sft packs samples" in problems[0]
+    assert "--perform-rl-step trains on rollouts" in problems[0]
     assert "--random-ltd-ramp-samples" in problems[1]
     assert "--random-ltd-layers 2-7" in problems[2]
 
