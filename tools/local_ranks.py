@@ -30,7 +30,10 @@ def start_server(megatron: Path | None = None) -> None:
     Args:
         megatron: A folder to import Megatron from rather than what is installed.
     """
-    # The server inherits neither sys.path (Python 3.12) nor an error in what it imports.
+    # Ranks get this process's sys.path, the server that imports for them does not (Python 3.12).
+    for path in (str(TOOLS), str(TOOLS.parent)):
+        if path not in sys.path:
+            sys.path.insert(0, path)
     paths = [*([megatron] if megatron else []), TOOLS.parent, TOOLS]
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *([before] if before else [])])
