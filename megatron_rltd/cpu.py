@@ -213,6 +213,7 @@ PATCHES: tuple[Patch, ...] = (
     _torch_cuda("set_rng_state", _is(lambda s, device=None: torch.set_rng_state(s)), _RNG),
     Patch(f"{_RANDOM}:_get_cuda_rng_state", _is(lambda *a, **k: torch.get_rng_state()), _RNG),
     Patch(f"{_RANDOM}:_set_cuda_rng_state", _is(lambda s, *a, **k: torch.set_rng_state(s)), _RNG),
+    Patch("torch.utils.data:DataLoader.__iter__", cpu_modules.data_loader_iter, _RNG),
     Patch(
         "megatron.training.training:initialize_megatron",
         _allow_no_cuda,

@@ -1,7 +1,8 @@
 """What Megatron takes from Apex or Transformer Engine on a GPU, in plain torch for `cpu`.
 
-An Adam for the distributed optimizer, norms under sequence parallelism and attention under context
-parallelism. Each function named after a Megatron symbol is a `patching.Patch` wrapper.
+An Adam for the distributed optimizer, norms under sequence parallelism, attention under context
+parallelism, and a data loader that leaves the device's random numbers alone. Each function named
+after a symbol of Megatron or torch is a `patching.Patch` wrapper.
 
 Shapes below: s sequence, b micro batch, n heads, d head size, c context-parallel size.
 """
@@ -66,6 +67,24 @@ class GroupStepAdam(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
+
+
+def data_loader_iter(original):
+    """Keep the seed that a data loader draws out of the generator that dropout draws from.
+
+    On a GPU these are two generators. Only the first of a group of tensor-parallel ranks reads
+    data, so the others would drop out other elements of the same hidden states.
+    """
+
+    @functools.wraps(original)
+    def iterate(self):
+        state = torch.get_rng_state()
+        try:
+            return original(self)
+        finally:
+            torch.set_rng_state(state)
+
+    return iterate
 
 
 def norm_under_sequence_parallel(original):
