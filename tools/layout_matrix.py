@@ -94,6 +94,7 @@ class Feature:
     note: str = ""
 
 
+_SELECTIVE = "--recompute-granularity selective"
 _FULL = "--recompute-granularity full --recompute-method"
 _SPLIT = "--decoder-{}-pipeline-num-layers {}"
 _EMBEDDING = "--account-for-embedding-in-pipeline-split"
@@ -108,20 +109,25 @@ FEATURES = {
     "recompute-distributed": Feature(
         f"{_FULL} uniform --recompute-num-layers 1 --distribute-saved-activations"
     ),
-    "recompute-selective": Feature("--recompute-granularity selective"),
-    "recompute-modules": Feature(
-        "--recompute-granularity selective --recompute-modules core_attn layernorm mlp"
+    "recompute-selective": Feature(_SELECTIVE),
+    "recompute-mlp": Feature(f"{_SELECTIVE} --recompute-modules core_attn mlp"),
+    "recompute-moe": Feature(f"{_SELECTIVE} --recompute-modules core_attn moe"),
+    "recompute-norm": Feature(
+        f"{_SELECTIVE} --recompute-modules layernorm",
+        note="Megatron needs Transformer Engine for it",
     ),
     "documents": Feature(
         "--data-path {documents} --reset-attention-mask --reset-position-ids --eod-mask-loss",
         alone=True,
-        note="real data, documents that neither attend to each other nor continue each other's "
-        "positions",
+        note="Megatron gives middle pipeline stages no mask, so that they differ from one process; "
+        "and with --eod-mask-loss context-parallel ranks average over different numbers of tokens "
+        "unless per-token-loss is on",
     ),
     "eod-mask": Feature(
         "--data-path {documents} --eod-mask-loss --no-create-attention-mask-in-dataloader",
         alone=True,
     ),
+    "per-token-loss": Feature("--calculate-per-token-loss", alone=True),
     "split-first-last": Feature(f"{_SPLIT.format('first', 1)} {_SPLIT.format('last', 3)}"),
     "split-first": Feature(_SPLIT.format("first", 2)),
     "split-embedding": Feature(_EMBEDDING),
@@ -134,8 +140,19 @@ FEATURES = {
     "micro-batch-1": Feature("--micro-batch-size 1"),
     "clip": Feature("--clip-grad 0.5", alone=True),
     "bf16": Feature("--bf16", alone=True, low_precision=True),
-    "dropout": Feature("--hidden-dropout 0.1 --attention-dropout 0.1", alone=True),
-    "hidden-dropout": Feature("--hidden-dropout 0.1", alone=True),
+    "dropout": Feature(
+        "--hidden-dropout 0.1 --attention-dropout 0.1",
+        alone=True,
+        note="Megatron draws attention's dropout from a stream of each tensor-parallel rank, so it "
+        "can be compared with recomputation only",
+    ),
+    "hidden-dropout": Feature(
+        "--hidden-dropout 0.1",
+        alone=True,
+        note="Megatron draws it from one stream on all tensor-parallel ranks, but under sequence "
+        "and context parallelism for other rows, in each data-parallel rank from the start, and "
+        "on each pipeline stage with another seed; so it can be compared under TP without SP",
+    ),
     "shared-indices": Feature("--random-ltd-shared-indices", alone=True),
     "ramp-samples": Feature("--random-ltd-ramp-samples 192", alone=True),
     "all-layers": Feature("--random-ltd-layers 1-8", alone=True),
@@ -152,9 +169,7 @@ QUICK = (
     ("TP2+SP PP2 CP2 DP2+DO+overlap TP2+SPxCP2xPP2", "rope", "none"),
     ("EP2 EP2xTP2xPP2", "moe", "none"),
 )
-_RECOMPUTE = (
-    "recompute-uniform recompute-groups recompute-block recompute-selective recompute-modules"
-)
+_RECOMPUTE = "recompute-uniform recompute-groups recompute-block recompute-selective recompute-mlp"
 MATRIX = (
     ("TP2 TP4 TP2+SP TP4+SP PP2 PP4 PP2xVPP2 PP4xVPP2 CP2 CP4 DP2 DP4", "rope", "none"),
     ("DP2+overlap-grad DP2+DO DP2+DO+overlap DP2+DO+overlap+fresh DO+fresh", "rope", "none"),
@@ -171,7 +186,7 @@ MATRIX = (
     ("EP2xTP2+SPxPP2", "moe-allgather moe-shared moe-mtp", "none"),
     ("1 TP2+SP PP2xVPP2 DP2+DO+overlap", "llama", _RECOMPUTE),
     ("TP2 TP2xPP2", "llama", "recompute-distributed"),
-    ("EP2xTP2+SPxPP2", "moe", "recompute-uniform recompute-block recompute-modules"),
+    ("EP2xTP2+SPxPP2", "moe", "recompute-uniform recompute-block recompute-moe"),
     ("PP4", "llama", "split-first-last layout-4 split-first-last+recompute-uniform"),
     ("PP2", "llama", "split-first layout-4 layout-8"),
     ("PP3", "llama", "split-embedding split-loss"),
@@ -180,15 +195,18 @@ MATRIX = (
     ("TP2+SPxPP4", "llama", "layout-8+recompute-block"),
     ("TP2 TP2+SP PP2 PP4 CP2 DP2+DO+overlap", "learned", "documents"),
     ("TP2+SP PP2", "rope", "documents+recompute-uniform"),
-    ("TP2+SPxCP2xPP2", "rope", "eod-mask"),
+    ("TP2+SPxCP2xPP2", "rope", "eod-mask eod-mask+per-token-loss"),
+    ("CP2", "learned", "documents+per-token-loss"),
     ("TP2+SP PP2xVPP2 CP2 DP2+DO+overlap TP2+SPxCP2xPP2", "llama", "bf16"),
     ("EP2 EP2xTP2+SPxPP2", "moe", "bf16"),
+    ("1", "llama", "recompute-norm"),
     (
         "1",
         "rope",
-        "dropout+recompute-uniform dropout+recompute-block dropout+recompute-modules",
+        "dropout+recompute-uniform dropout+recompute-block dropout+recompute-selective "
+        "dropout+recompute-mlp",
     ),
-    ("1 TP2 TP2+SP PP2 CP2 DP2", "rope", "hidden-dropout"),
+    ("TP2 TP2+SP PP2 CP2 DP2", "rope", "hidden-dropout"),
     ("TP2", "rope", "dropout"),
     (
         "TP2+SPxPP2 CP2xDP2",

@@ -157,6 +157,8 @@ class Runs:
         start = ""
         if not is_fresh(row):
             start = f"--load {self._checkpoint(row)} --no-load-rng {_FORMAT}"
+            if layout_parts(row.layout)[0]["EP"] > 1:
+                start += " --no-load-optim"  # Megatron chains other optimizers than without EP
         lines = [f"{self._flags(row, alone)} {start}" for alone in (True, False)]
         if plain:
             lines = [without_random_ltd(line) for line in lines]

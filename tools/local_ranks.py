@@ -4,10 +4,13 @@ Processes are forked from a server that has imported torch and Megatron once, so
 in milliseconds. `run` runs a function on every rank; `train` a whole Megatron training.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
+import random
+import signal
 import socket
 import sys
 import tempfile
@@ -48,10 +51,15 @@ def start_server(megatron: Path | None = None) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port that was free a moment ago.
+
+    Below the range that the system takes ports from by itself: gloo listens on many of those.
+    """
+    while True:
+        port = random.randrange(16000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class RankError(AssertionError):
@@ -74,6 +82,7 @@ def _rank_main(function, rank, world_size, port, folder, args):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    os.setsid()  # a group of processes that can be killed as one
     log = Path(folder) / f"{rank}.log"
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
@@ -120,7 +129,10 @@ def run_all(world_size: int, function: Callable, *args: Any) -> list[dict[str, A
             return _collect(ranks, Path(folder))
         finally:
             for process in ranks:
-                if process.is_alive():
+                if process.pid is not None:
+                    # With what Megatron started from there, to write a checkpoint.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
                     process.kill()
                     process.join()
 
