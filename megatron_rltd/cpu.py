@@ -23,9 +23,8 @@ from typing import Any
 import torch
 
 from megatron_rltd import cpu_modules
+from megatron_rltd.cpu_modules import CPU, Stream
 from megatron_rltd.patching import Applied, Patch, apply
-
-CPU = torch.device("cpu")
 
 # What Megatron asks of a device: the compute capability, for decisions that a CPU does not mind.
 PROPERTIES = types.SimpleNamespace(name="cpu", major=9, minor=0, multi_processor_count=1)
@@ -93,34 +92,6 @@ def _tensor_type(original):
     return type_
 
 
-class Stream(contextlib.AbstractContextManager):
-    """A CUDA stream or event on a device that runs everything in order: nothing to wait for."""
-
-    def __init__(self, *args, **kwargs):
-        self.cuda_stream = 0
-        self.device = CPU
-
-    def __exit__(self, *exc_info):
-        return None
-
-    def record_event(self, event: Any = None) -> "Stream":
-        """Return an event that has happened."""
-        return event or Stream()
-
-    def query(self) -> bool:
-        """Return that all work is done."""
-        return True
-
-    def elapsed_time(self, other: Any) -> float:
-        """Return 0 ms: events carry no time on this device."""
-        return 0.0
-
-    def _done(self, *args, **kwargs) -> None:
-        return None
-
-    wait_stream = wait_event = synchronize = record = wait = _done
-
-
 def _splits_as_numpy(original):
     """Give MoE's all-to-all its split sizes as numpy, as `Tensor.is_cuda` makes it do on a GPU."""
 
@@ -184,6 +155,7 @@ _LITERAL = 'Megatron asks for "cuda" by name'
 _NO_DEVICE = "there is no CUDA device to ask"
 _IN_ORDER = "a CPU runs everything in order"
 _RNG = "the CPU's generator is the device's generator"
+_EQUAL_SHARES = "gloo gathers and scatters equal shares only, experts under TP have unequal ones"
 _ADAM = "counts steps per group, without which the distributed optimizer cannot resume"
 
 # The functions that Megatron asks for a tensor on "cuda" by that name.
@@ -258,6 +230,18 @@ PATCHES: tuple[Patch, ...] = (
         "its output may not be written to, as MoE layers with biases do",
         parameters=("input_", "group"),
         copies=("megatron",),
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
+        cpu_modules.gather_along_first_dim,
+        _EQUAL_SHARES,
+        parameters=("input_", "group", "output_split_sizes"),
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.mappings:_reduce_scatter_along_first_dim",
+        cpu_modules.reduce_scatter_along_first_dim,
+        _EQUAL_SHARES,
+        parameters=("input_", "group", "input_split_sizes"),
     ),
     Patch(
         "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
