@@ -24,11 +24,13 @@ def test_rows_are_compared_and_written(capfd, tmp_path):
     options = ("--steps", "2", "--models", "rope", "--markdown", str(page))
     status, out, _ = run(capfd, "--layouts", "TP2+SP", "PP2", *options)
     assert status == 0
-    first, second, summary = out.splitlines()[1:]
-    assert re.fullmatch(
-        r"TP2\+SP +2 +rope +none +(0|\d\.\de-0[678]) .* 1\.0e-05  (bit-)?equal", first
-    )
-    assert re.fullmatch(r"PP2 +2  rope  none +0 .* 0  bit-equal", second)
+    tensor, pipeline, summary = out.splitlines()[1:]
+    names, loss, limit = tensor.split()[:4], *map(float, tensor.split()[4:7:2])
+    assert names == ["TP2+SP", "2", "rope", "none"]
+    assert loss <= limit == 1e-5
+    assert tensor.endswith("equal")
+    assert pipeline.split()[:5] == ["PP2", "2", "rope", "none", "0"]
+    assert pipeline.endswith("  0  bit-equal")
     assert summary.startswith("2 rows: ")
     text = page.read_text()
     assert f"    python tools/check_layouts.py --layouts TP2+SP PP2 {' '.join(options)}\n" in text
@@ -40,10 +42,8 @@ def test_rows_are_compared_and_written(capfd, tmp_path):
 
 
 def test_other_tokens_on_the_layout_are_noticed(capfd):
-    other = "--random-ltd-seed 7 --override-opt-param-scheduler"
-    status, out, _ = run(
-        capfd, "--layouts", "TP2", "--steps", "2", "--features", "none", "--layout-flags", other
-    )
+    other = "--layout-flags=--random-ltd-seed 7"
+    status, out, _ = run(capfd, "--layouts", "TP2+fresh", "--steps", "1", other)
     assert status == 1
     row, summary = out.splitlines()[1:]
     assert row.endswith("OVER")
@@ -55,7 +55,7 @@ def test_other_tokens_on_the_layout_are_noticed(capfd):
 
 def test_what_megatron_refuses_is_no_pass(capfd):
     # 8 layers on 3 stages.
-    status, out, _ = run(capfd, "--layouts", "PP3", "--steps", "1")
+    status, out, _ = run(capfd, "--layouts", "PP3+fresh", "--steps", "1")
     assert status == 0
     row, summary = out.splitlines()[1:]
     assert "refused by Megatron: AssertionError: " in row
@@ -85,7 +85,7 @@ def test_unknown_names_are_one_clear_error(capfd, argv, message):
         ("1", 1, ""),
         ("EP2", 2, "--expert-model-parallel-size 2"),
         ("EP2xDP4", 4, "--expert-model-parallel-size 2"),
-        ("DP2xCP2xTP2", 8, "--context-parallel-size 2 --tensor-model-parallel-size 2"),
+        ("DP2xCP2xTP2", 8, "--tensor-model-parallel-size 2 --context-parallel-size 2"),
         (
             "TP2+SPxPP2xVPP2+DO",
             4,

@@ -112,10 +112,7 @@ FEATURES = {
     "recompute-selective": Feature(_SELECTIVE),
     "recompute-mlp": Feature(f"{_SELECTIVE} --recompute-modules core_attn mlp"),
     "recompute-moe": Feature(f"{_SELECTIVE} --recompute-modules core_attn moe"),
-    "recompute-norm": Feature(
-        f"{_SELECTIVE} --recompute-modules layernorm",
-        note="Megatron needs Transformer Engine for it",
-    ),
+    "recompute-norm": Feature(f"{_SELECTIVE} --recompute-modules layernorm"),
     "documents": Feature(
         "--data-path {documents} --reset-attention-mask --reset-position-ids --eod-mask-loss",
         alone=True,
@@ -167,7 +164,7 @@ FEATURES = {
 # Blocks of rows: every layout with every model with every features.
 QUICK = (
     ("TP2+SP PP2 CP2 DP2+DO+overlap TP2+SPxCP2xPP2", "rope", "none"),
-    ("EP2 EP2xTP2xPP2", "moe", "none"),
+    ("EP2 EP2xTP2+SPxPP2", "moe", "none"),
 )
 _RECOMPUTE = "recompute-uniform recompute-groups recompute-block recompute-selective recompute-mlp"
 MATRIX = (
@@ -181,8 +178,8 @@ MATRIX = (
         "learned rope-half rope-interleaved tied gqa llama mtp",
         "none",
     ),
-    ("EP2 EP4 EP2+DO+overlap EP2xTP2 EP2xTP2+SP EP2xCP2 EP2xDP4 EP2xPP2xVPP2", "moe", "none"),
-    ("TP2+SP PP2xVPP2 CP2 EP2xTP2xPP2 EP2xTP2+SPxPP2+DO+overlap", "moe", "none"),
+    ("EP2 EP4 EP2+DO+overlap EP2xTP2+SP EP2xCP2 EP2xDP4 EP2xPP2xVPP2", "moe", "none"),
+    ("TP2+SP PP2xVPP2 CP2 EP2xTP2xPP2 EP2xTP2+SPxPP2 EP2xTP2+SPxPP2+DO", "moe", "none"),
     ("EP2xTP2+SPxPP2", "moe-allgather moe-shared moe-mtp", "none"),
     ("1 TP2+SP PP2xVPP2 DP2+DO+overlap", "llama", _RECOMPUTE),
     ("TP2 TP2xPP2", "llama", "recompute-distributed"),
