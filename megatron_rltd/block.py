@@ -5,6 +5,7 @@ tokens instead of by the block around the whole hidden states.
 """
 
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ def plan_run_ends(
     Those are the last of each row of neighbours, and any layer whose output something else reads.
     """
     ends = set()
-    layers = list(block.layers)
-    for layer, after in zip(layers, [*layers[1:], None], strict=True):
+    layers = list(block.layers)  # none, if a pipeline stage is embedding or loss only
+    for layer, after in zip_longest(layers, layers[1:]):
         number = layer.layer_number
         if number in dropped and (
             after is None

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 
 from megatron_rltd import cpu_modules, versions
+from megatron_rltd.cpu_modules import CPU, Stream
 from megatron_rltd.patching import Applied, Patch, apply
-
-CPU = torch.device("cpu")
 
 # What Megatron asks of a device: the compute capability, for decisions that a CPU does not mind.
 PROPERTIES = types.SimpleNamespace(name="cpu", major=9, minor=0, multi_processor_count=1)
@@ -93,34 +92,6 @@ def _tensor_type(original):
     return type_
 
 
-class Stream(contextlib.AbstractContextManager):
-    """A CUDA stream or event on a device that runs everything in order: nothing to wait for."""
-
-    def __init__(self, *args, **kwargs):
-        self.cuda_stream = 0
-        self.device = CPU
-
-    def __exit__(self, *exc_info):
-        return None
-
-    def record_event(self, event: Any = None) -> "Stream":
-        """Return an event that has happened."""
-        return event or Stream()
-
-    def query(self) -> bool:
-        """Return that all work is done."""
-        return True
-
-    def elapsed_time(self, other: Any) -> float:
-        """Return 0 ms: events carry no time on this device."""
-        return 0.0
-
-    def _done(self, *args, **kwargs) -> None:
-        return None
-
-    wait_stream = wait_event = synchronize = record = wait = _done
-
-
 def _allow_no_cuda(original):
     @functools.wraps(original)
     def initialize_megatron(*args, **kwargs):
@@ -171,6 +142,7 @@ _LITERAL = 'Megatron asks for "cuda" by name'
 _NO_DEVICE = "there is no CUDA device to ask"
 _IN_ORDER = "a CPU runs everything in order"
 _RNG = "the CPU's generator is the device's generator"
+_EQUAL_SHARES = "gloo gathers and scatters equal shares only, experts under TP have unequal ones"
 _ADAM = "counts steps per group, without which the distributed optimizer cannot resume"
 
 # The functions that Megatron asks for a tensor on "cuda" by that name.
@@ -200,6 +172,7 @@ PATCHES: tuple[Patch, ...] = (
     _torch_cuda("set_rng_state", _is(lambda s, device=None: torch.set_rng_state(s)), _RNG),
     Patch(f"{_RANDOM}:_get_cuda_rng_state", _is(lambda *a, **k: torch.get_rng_state()), _RNG),
     Patch(f"{_RANDOM}:_set_cuda_rng_state", _is(lambda s, *a, **k: torch.set_rng_state(s)), _RNG),
+    Patch("torch.utils.data:DataLoader.__iter__", cpu_modules.data_loader_iter, _RNG),
     Patch(
         "megatron.training.training:initialize_megatron",
         _allow_no_cuda,
@@ -227,11 +200,6 @@ PATCHES: tuple[Patch, ...] = (
         copies=("megatron.training.initialize",),
     ),
     Patch(
-        "torch.utils.data.dataloader:_BaseDataLoaderIter.__init__",
-        cpu_modules.iterator_that_draws_nothing,
-        "draws a seed from the generator that dropout has here: resumed runs would differ",
-    ),
-    Patch(
         "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
         cpu_modules.norm_under_sequence_parallel,
         "refuses sequence parallelism",
@@ -255,6 +223,18 @@ PATCHES: tuple[Patch, ...] = (
         "its output may not be written to, as MoE layers with biases do",
         parameters=("input_", "group"),
         copies=("megatron",),
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
+        cpu_modules.gather_along_first_dim,
+        _EQUAL_SHARES,
+        parameters=("input_", "group", "output_split_sizes"),
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.mappings:_reduce_scatter_along_first_dim",
+        cpu_modules.reduce_scatter_along_first_dim,
+        _EQUAL_SHARES,
+        parameters=("input_", "group", "input_split_sizes"),
     ),
     Patch(
         "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",

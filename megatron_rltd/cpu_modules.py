@@ -1,12 +1,14 @@
 """What Megatron takes from Apex or Transformer Engine on a GPU, in plain torch for `cpu`.
 
-An Adam for the distributed optimizer, norms under sequence parallelism and attention under context
-parallelism; and what Megatron's communication takes from CUDA. Each function named after a Megatron
-symbol is a `patching.Patch` wrapper.
+Streams, an Adam for the distributed optimizer, norms under sequence parallelism, attention under
+context parallelism, unequal shares over gloo, and a data loader that leaves the device's random
+numbers alone. Each function named after a symbol of Megatron or torch is a `patching.Patch`
+wrapper.
 
 Shapes below: s sequence, b micro batch, n heads, d head size, c context-parallel size.
 """
 
+import contextlib
 import functools
 from typing import Any
 
@@ -14,6 +16,36 @@ import torch
 from torch.optim.adam import adam
 
 from megatron_rltd.shards import context_parallel_strata
+
+CPU = torch.device("cpu")
+
+
+class Stream(contextlib.AbstractContextManager):
+    """A CUDA stream or event on a device that runs everything in order: nothing to wait for."""
+
+    def __init__(self, *args, **kwargs):
+        self.cuda_stream = 0
+        self.device = CPU
+
+    def __exit__(self, *exc_info):
+        return None
+
+    def record_event(self, event: Any = None) -> "Stream":
+        """Return an event that has happened."""
+        return event or Stream()
+
+    def query(self) -> bool:
+        """Return that all work is done."""
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        """Return 0 ms: events carry no time on this device."""
+        return 0.0
+
+    def _done(self, *args, **kwargs) -> None:
+        return None
+
+    wait_stream = wait_event = synchronize = record = wait = _done
 
 
 class GroupStepAdam(torch.optim.Optimizer):
@@ -67,6 +99,25 @@ class GroupStepAdam(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
+
+
+def data_loader_iter(original):
+    """Keep the seed that a data loader draws out of the generator that dropout draws from.
+
+    On a GPU these are two generators. Only the first of a group of tensor-parallel ranks reads
+    data, so the others would drop out other elements of the same hidden states; and a resumed run
+    would drop out others than one that was never interrupted.
+    """
+
+    @functools.wraps(original)
+    def iterate(self):
+        state = torch.get_rng_state()
+        try:
+            return original(self)
+        finally:
+            torch.set_rng_state(state)
+
+    return iterate
 
 
 def norm_under_sequence_parallel(original):
@@ -141,6 +192,38 @@ def p2p_ops(original):
     return send_aliases
 
 
+def gather_along_first_dim(original):
+    """Gather unequal shares as equal ones, padded to the longest."""
+
+    @functools.wraps(original)
+    def gather(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return original(input_, group, output_split_sizes, use_global_buffer)
+        longest = max(output_split_sizes)
+        parts = original(_padded(input_, longest), group).split(longest)
+        return torch.cat([p[:n] for p, n in zip(parts, output_split_sizes, strict=True)])
+
+    return gather
+
+
+def reduce_scatter_along_first_dim(original):
+    """Reduce and scatter unequal shares as equal ones, padded to the longest."""
+
+    @functools.wraps(original)
+    def reduce_scatter(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return original(input_, group, input_split_sizes, use_global_buffer)
+        longest = max(input_split_sizes)
+        shares = [_padded(share, longest) for share in input_.split(list(input_split_sizes))]
+        return original(torch.cat(shares), group)[: input_split_sizes[group.rank()]]
+
+    return reduce_scatter
+
+
+def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat([rows, rows.new_zeros(length - rows.size(0), *rows.shape[1:])])
+
+
 def attention_init(original):
     """Build torch's attention under context parallelism as if there were none."""
 
@@ -207,13 +290,3 @@ def _gather_context(attention, query, key, value, attention_mask):
     if attention_mask is None and attention.attn_mask_type == AttnMaskType.causal:
         attention_mask = (mine[:, None] < torch.arange(length)[None, :])[None, None]
     return key, value, attention_mask
-
-
-def iterator_that_draws_nothing(original):
-    """Wrap a data-loader iterator's constructor to leave the default generator as it was."""
-
-    def __init__(iterator, loader):
-        with torch.random.fork_rng(devices=[]):
-            original(iterator, loader)
-
-    return __init__

@@ -164,3 +164,23 @@ def test_attention_under_context_parallelism(size, grouped, explicit):
         got = torch.cat(parts)[rows.argsort()]
         assert expected.abs().max() > 0.01
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def _unequal_shares():
+    """Return what a rank gathers, and gets of a sum, with shares of three rows and of one."""
+    cpu.enable()
+    torch.distributed.init_process_group("gloo")
+    from megatron.core.tensor_parallel import mappings
+
+    group, sizes = torch.distributed.group.WORLD, [3, 1]
+    rows = torch.arange(8.0).view(4, 2).split(sizes)[group.rank()]
+    gathered = mappings._gather_along_first_dim(rows, group, sizes)
+    share = mappings._reduce_scatter_along_first_dim(gathered * (group.rank() + 1), group, sizes)
+    return [gathered.tolist(), share.tolist()]
+
+
+def test_unequal_shares_over_gloo():
+    rows = torch.arange(8.0).view(4, 2)
+    first, second = run(2, _unequal_shares)
+    assert first == [rows.tolist(), (3 * rows[:3]).tolist()]
+    assert second == [rows.tolist(), (3 * rows[3:]).tolist()]

@@ -132,6 +132,13 @@ def test_every_layout_keeps_the_same_tokens(alone, layout):
     assert_same(train(f"{BASE} {LTD} {flags}", world_size), alone, tolerance=1e-5)
 
 
+def test_hidden_dropout_is_the_same_on_all_tensor_parallel_ranks():
+    # Megatron draws it from one stream; attention's, and all under SP, from each rank's own.
+    arguments = f"{BASE.replace('--hidden-dropout 0', '--hidden-dropout 0.1')} {LTD}"
+    alone = train(arguments)
+    assert_same(train(f"{arguments} --tensor-model-parallel-size 2", 2), alone, tolerance=1e-5)
+
+
 def test_masks_made_by_the_data_loader_change_nothing(alone):
     arguments = f"{BASE} {LTD}".replace("--no-create-attention-mask-in-dataloader", "")
     assert_same(train(arguments), alone)
@@ -180,6 +187,10 @@ PIPELINES = {
     "PP, interleaved": (
         2,
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "PP, stages without layers": (
+        2,
+        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E|tt|tt|L",
     ),
     "PP + recompute": (
         2,
