@@ -7,9 +7,27 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from local_ranks import RankError, Training, free_port, run, run_all, train  # noqa: E402
+from local_ranks import (  # noqa: E402
+    RankError,
+    Training,
+    free_port,
+    run,
+    run_all,
+    train,
+    train_on_this_rank,
+)
 
-__all__ = ["ROOT", "RankError", "Training", "environment", "free_port", "run", "run_all", "train"]
+__all__ = [
+    "ROOT",
+    "RankError",
+    "Training",
+    "environment",
+    "free_port",
+    "run",
+    "run_all",
+    "train",
+    "train_on_this_rank",
+]
 
 
 def environment() -> dict[str, str]:

@@ -5,8 +5,7 @@ import signal
 
 import pytest
 
-from tests import parallel
-from tests.parallel import RankError, run, train
+from tests.parallel import RankError, run, train, train_on_this_rank
 from tests.test_training import BASE, FORMAT, LTD
 
 OPTIONS = BASE.replace("dropout 0", "dropout 0.1")
@@ -39,7 +38,7 @@ def _train_until_killed(arguments: list[str], place: str, count: int) -> None:
     else:
         module = checkpointing.dist_checkpointing
         module.save = killing(module.save, before=place == "save")
-    parallel._train("pretrain_gpt", arguments)
+    train_on_this_rank("pretrain_gpt", arguments)
 
 
 def _tensors_differ(ours: str, theirs: str) -> list[str]:

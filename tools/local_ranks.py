@@ -212,12 +212,13 @@ def train(
     """
     if isinstance(arguments, str):
         arguments = arguments.split()
-    results = run_all(world_size, _train, script, arguments)
+    results = run_all(world_size, train_on_this_rank, script, arguments)
     steps = results[-1]["value"]  # the last pipeline stage knows the losses
     return Training(**steps, output=results[0]["output"])
 
 
-def _train(script: str, arguments: list[str]) -> dict[str, Any]:
+def train_on_this_rank(script: str, arguments: list[str]) -> dict[str, Any]:
+    """Be one rank of a training; return what `Training` holds of it, but for the output."""
     import torch
 
     torch.set_num_threads(1)
