@@ -84,14 +84,12 @@ class Feature:
         alone: Whether the run in one process has them too, because they change what is computed.
         low_precision: Whether to judge by the difference that plain Megatron has.
         control: Whether the losses must differ, to show that the comparison would notice.
-        note: What to know when reading the result.
     """
 
     flags: str
     alone: bool = False
     low_precision: bool = False
     control: bool = False
-    note: str = ""
 
 
 _SELECTIVE = "--recompute-granularity selective"
@@ -116,9 +114,6 @@ FEATURES = {
     "documents": Feature(
         "--data-path {documents} --reset-attention-mask --reset-position-ids --eod-mask-loss",
         alone=True,
-        note="Megatron gives middle pipeline stages no mask, so that they differ from one process; "
-        "and with --eod-mask-loss context-parallel ranks average over different numbers of tokens "
-        "unless per-token-loss is on",
     ),
     "eod-mask": Feature(
         "--data-path {documents} --eod-mask-loss --no-create-attention-mask-in-dataloader",
@@ -137,28 +132,13 @@ FEATURES = {
     "micro-batch-1": Feature("--micro-batch-size 1"),
     "clip": Feature("--clip-grad 0.5", alone=True),
     "bf16": Feature("--bf16", alone=True, low_precision=True),
-    "dropout": Feature(
-        "--hidden-dropout 0.1 --attention-dropout 0.1",
-        alone=True,
-        note="Megatron draws attention's dropout from a stream of each tensor-parallel rank, so it "
-        "can be compared with recomputation only",
-    ),
-    "hidden-dropout": Feature(
-        "--hidden-dropout 0.1",
-        alone=True,
-        note="Megatron draws it from one stream on all tensor-parallel ranks, but under sequence "
-        "and context parallelism for other rows, in each data-parallel rank from the start, and "
-        "on each pipeline stage with another seed; so it can be compared under TP without SP",
-    ),
+    "dropout": Feature("--hidden-dropout 0.1 --attention-dropout 0.1", alone=True),
+    "hidden-dropout": Feature("--hidden-dropout 0.1", alone=True),
     "shared-indices": Feature("--random-ltd-shared-indices", alone=True),
     "ramp-samples": Feature("--random-ltd-ramp-samples 192", alone=True),
     "all-layers": Feature("--random-ltd-layers 1-8", alone=True),
     "some-layers": Feature("--random-ltd-layers 2,4-5,7", alone=True),
-    "other-seed": Feature(
-        "--random-ltd-seed 7 --override-opt-param-scheduler",
-        control=True,
-        note="the layout keeps other tokens, so the losses must differ",
-    ),
+    "other-seed": Feature("--random-ltd-seed 7 --override-opt-param-scheduler", control=True),
 }
 
 # Blocks of rows: every layout with every model with every features.

@@ -9,23 +9,27 @@ from pathlib import Path
 import layout_matrix as matrix
 from layout_runs import AS_PLAIN, REFUSED, TIMES_PLAIN, TOLERANCE, WARM_UP, Result
 
-HEADINGS = (
-    "layout",
-    "processes",
-    "model",
-    "features",
-    "loss",
-    "gradient norm",
-    "plain",
-    "limit",
-    "result",
-)
-_NUMBERS = (1, 4, 5, 6, 7)
+HEADINGS = tuple("layout processes model features loss limit norm plain plain-norm result".split())
+# What to know of a model or a feature when reading its rows.
+NOTES = {
+    "mtp": "under CP each rank divides the loss of Megatron's multi-token prediction by its own "
+    "number of tokens, in plain Megatron too; it shows in the norm",
+    "documents, eod-mask": "middle pipeline stages get no attention mask from Megatron, so that "
+    "from three stages on they differ from one process; with --eod-mask-loss context-parallel "
+    "ranks average over different numbers of tokens unless per-token-loss is on",
+    "dropout": "comparable with recomputation on one layout. Megatron draws attention's dropout "
+    "from a stream of each tensor-parallel rank",
+    "hidden-dropout": "comparable under TP without SP, where Megatron draws it from one stream on "
+    "all tensor-parallel ranks. Elsewhere the streams differ: a seed for each pipeline stage and, "
+    "under SP, each rank; other rows under CP; the same stream again on each data-parallel rank",
+    "other-seed": "keeps other tokens on the layout, so the losses must differ",
+}
+_NUMBERS = (1, 4, 5, 6, 7, 8)
 
 
 def cells(result: Result) -> list[str]:
     """Return a row of the table as people read it."""
-    numbers = (result.loss, result.norm, result.plain, result.limit)
+    numbers = (result.loss, result.limit, result.norm, result.plain, result.plain_norm)
     shown = ["" if n is None else "0" if n == 0 else f"{n:.1e}" for n in numbers]
     row = result.row
     verdict = result.verdict + (f": {result.message}" if result.message else "")
@@ -36,7 +40,7 @@ class Columns:
     """Lines of a table whose rows are printed as they come."""
 
     def __init__(self, rows: list[matrix.Row]):
-        texts = [list(HEADINGS), *(cells(Result(row, 1, 0.1, 0.1, 0.1, 0.1)) for row in rows)]
+        texts = [list(HEADINGS), *(cells(Result(row, 1, 0.1, 0.1, 0.1, 0.1, 0.1)) for row in rows)]
         self._widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
 
     def heading(self) -> str:
@@ -89,12 +93,16 @@ def page(results: list[Result], command: str, versions: dict[str, str], minutes:
         "",
         f"- All runs of a row start from a checkpoint that one process made after {WARM_UP} steps:",
         "  initial weights differ between pipeline and expert layouts in Megatron. Seeds are the",
-        '  same (`--no-load-rng`). "fresh": from the initial weights.',
+        "  same (`--no-load-rng`). With EP they start without the optimizer's state, which",
+        "  Megatron cannot load into another number of expert-parallel ranks. DO rows are compared",
+        '  with a distributed optimizer in one process, but "fresh" rows, which start from the',
+        "  initial weights, with an ordinary one.",
         '- "loss", "norm": largest relative difference of the loss and of the gradient norm over',
-        '  the steps; "plain": of the loss without `--random-ltd`, measured where it decides, or',
-        "  everywhere `--with-plain`.",
-        f'- "limit": {TOLERANCE:.0e}; 0 where a layout adds the same numbers in the same order as',
-        f"  one process; in bf16 {TIMES_PLAIN} times plain Megatron's own difference.",
+        '  the steps; "plain", "plain-norm": the same without `--random-ltd`, measured where it',
+        "  decides, or everywhere `--with-plain`.",
+        f'- "limit": of the loss. {TOLERANCE:.0e}, 0 where a layout adds the same numbers in the',
+        f"  same order as one process; the norm must be within {TOLERANCE:.0e}. In bf16",
+        f"  {TIMES_PLAIN} times plain Megatron's own difference of the loss.",
         "- `python tools/check_layouts.py --list` says what the names stand for.",
         "",
         *_table(results),
@@ -112,9 +120,10 @@ def _table(results: list[Result]) -> list[str]:
 
 def _notes(results: list[Result]) -> list[str]:
     """Say what to know of the features and the verdicts that occur."""
-    used = {name for result in results for name in result.row.features.split("+")}
-    notes = [f"- {name}: {matrix.FEATURES[name].note}" for name in matrix.FEATURES if name in used]
-    notes = [note for note in notes if not note.endswith(": ")]
+    used = {name for r in results for name in (r.row.model, *r.row.features.split("+"))}
+    notes = [
+        f"- {names}: {text}." for names, text in NOTES.items() if used & set(names.split(", "))
+    ]
     verdicts = {result.verdict for result in results}
     if AS_PLAIN in verdicts:
         notes.append(

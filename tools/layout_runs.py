@@ -46,6 +46,7 @@ class Result:
         loss: Largest relative difference of the loss over all steps; None if there is none.
         norm: The same of the gradient norm.
         plain: The same as `loss` without random-LTD.
+        plain_norm: The same as `norm` without random-LTD.
         limit: The largest `loss` that passes; None if it must differ, or is not known.
         verdict: One of the constants above.
         message: Why there are no differences, if so.
@@ -56,6 +57,7 @@ class Result:
     loss: float | None = None
     norm: float | None = None
     plain: float | None = None
+    plain_norm: float | None = None
     limit: float | None = None
     verdict: str = FAILED
     message: str = ""
@@ -127,18 +129,13 @@ class Runs:
         if not low_precision and not is_control(row):
             result.limit = 0.0 if is_same_order(row) else TOLERANCE
         try:
-            ours, alone = self._pair(row, plain=False)
-            if ours.kept != alone.kept:
-                raise RuntimeError(f"kept tokens {ours.kept}, not {alone.kept}")
-            result.loss = difference(ours.losses, alone.losses, self._steps(row))
-            result.norm = difference(ours.grad_norms, alone.grad_norms, self._steps(row))
+            result.loss, result.norm = self._differences(row, plain=False)
         except (RankError, RuntimeError) as error:
             result.message = _reason(error)
         result.verdict = _verdict(result)
         if with_plain or result.verdict in (OVER, FAILED):
             try:
-                plain, plain_alone = self._pair(row, plain=True)
-                result.plain = difference(plain.losses, plain_alone.losses, self._steps(row))
+                result.plain, result.plain_norm = self._differences(row, plain=True)
             except (RankError, RuntimeError) as error:
                 if result.loss is None:
                     result.verdict, result.message = REFUSED, _reason(error)
@@ -149,11 +146,13 @@ class Runs:
             result.verdict = _verdict(result)
         return result
 
-    def _steps(self, row: Row) -> int:
-        return self.steps + WARM_UP * is_fresh(row)
+    def _differences(self, row: Row, plain: bool) -> tuple[float, float]:
+        """Return the difference of loss and gradient norm between layout and one process.
 
-    def _pair(self, row: Row, plain: bool) -> tuple[Training, Training]:
-        """Return the runs on the layout and in one process; the latter first, it is cheaper."""
+        Raises:
+            RankError: A run failed.
+            RuntimeError: The runs cannot be compared.
+        """
         start = ""
         if not is_fresh(row):
             start = f"--load {self._checkpoint(row)} --no-load-rng {_FORMAT}"
@@ -162,8 +161,15 @@ class Runs:
         lines = [f"{self._flags(row, alone)} {start}" for alone in (True, False)]
         if plain:
             lines = [without_random_ltd(line) for line in lines]
-        alone = self._train(1, lines[0])
-        return self._train(processes(row.layout), lines[1]), alone
+        alone = self._train(1, lines[0])  # first: the cheaper one to fail
+        ours = self._train(processes(row.layout), lines[1])
+        if ours.kept != alone.kept:
+            raise RuntimeError(f"kept tokens {ours.kept}, not {alone.kept}")
+        steps = self.steps + WARM_UP * is_fresh(row)
+        return (
+            difference(ours.losses, alone.losses, steps),
+            difference(ours.grad_norms, alone.grad_norms, steps),
+        )
 
     def _flags(self, row: Row, alone: bool) -> str:
         """Return the flags of a run of a row but for where it starts."""
@@ -216,10 +222,13 @@ def _verdict(result: Result) -> str:
     if result.limit is None:
         return FAILED
     # The norm is summed in another order on every layout, so it is never bit-equal by right.
-    low_precision = any(feature.low_precision for feature in result.row.chosen)
-    if result.loss <= result.limit and (low_precision or result.norm <= TOLERANCE):
+    norm_limit = TOLERANCE
+    if any(feature.low_precision for feature in result.row.chosen):
+        norm_limit = math.inf
+    if result.loss <= result.limit and result.norm <= norm_limit:
         return WITHIN if result.loss else EQUAL
-    if result.plain is not None and 0 < result.loss <= TIMES_PLAIN * result.plain:
+    plain, plain_norm = (TIMES_PLAIN * (n or 0) for n in (result.plain, result.plain_norm))
+    if result.loss <= max(result.limit, plain) and result.norm <= max(norm_limit, plain_norm):
         return AS_PLAIN
     return OVER
 
