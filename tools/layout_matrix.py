@@ -180,11 +180,9 @@ MATRIX = (
     (
         "1",
         "rope",
-        "dropout+recompute-uniform dropout+recompute-block dropout+recompute-selective "
-        "dropout+recompute-mlp",
+        "dropout+recompute-uniform dropout+recompute-block dropout+recompute-selective",
     ),
     ("TP2 TP2+SP PP2 CP2 DP2", "rope", "hidden-dropout"),
-    ("TP2", "rope", "dropout"),
     (
         "TP2+SPxPP2 CP2xDP2",
         "llama",

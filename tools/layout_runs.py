@@ -137,7 +137,7 @@ class Runs:
             try:
                 result.plain, result.plain_norm = self._differences(row, plain=True)
             except (RankError, RuntimeError) as error:
-                if result.loss is None:
+                if result.loss is None and getattr(error, "raised", False):
                     result.verdict, result.message = REFUSED, _reason(error)
                     return result
                 result.message = result.message or f"plain Megatron: {_reason(error)}"

@@ -67,11 +67,13 @@ class RankError(AssertionError):
 
     Attributes:
         reason: What the rank that failed first said, without the traceback.
+        raised: Whether it raised an exception; else it hung, or was killed.
     """
 
-    def __init__(self, message: str, reason: str):
+    def __init__(self, message: str, reason: str, raised: bool):
         super().__init__(message)
         self.reason = reason
+        self.raised = raised
 
 
 def _rank_main(function, rank, world_size, port, folder, args):
@@ -147,7 +149,7 @@ def _collect(ranks: list[Any], folder: Path) -> list[dict[str, Any]]:
         done = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
         if not done:
             rank = min(waiting.values())
-            raise first or RankError(f"rank {rank} hung", f"rank {rank} hung")
+            raise first or RankError(f"rank {rank} hung", f"rank {rank} hung", False)
         for rank in sorted(waiting.pop(sentinel) for sentinel in done):
             file = folder / f"{rank}.json"
             ranks[rank].join()
@@ -165,7 +167,7 @@ def _collect(ranks: list[Any], folder: Path) -> list[dict[str, Any]]:
 def _error(rank: int, result: dict[str, Any] | None, status: int | None) -> RankError | None:
     if result is None:
         message = f"rank {rank} died with exit status {status}"
-        return RankError(message, message)
+        return RankError(message, message, False)
     if "error" not in result:
         return None
     error, output = (result[k].splitlines() for k in ("error", "output"))
@@ -173,7 +175,7 @@ def _error(rank: int, result: dict[str, Any] | None, status: int | None) -> Rank
     reason = result["reason"]
     if reason.startswith("SystemExit") and output:  # argparse has printed why
         reason = output[-1]
-    return RankError("\n".join(lines), reason)
+    return RankError("\n".join(lines), reason, True)
 
 
 @dataclasses.dataclass
