@@ -473,3 +473,21 @@ def test_bert():
     step(attached(model.train()))
     model(tokens, padding)
     torch.testing.assert_close(seen[0], plain, rtol=1e-12, atol=1e-12)
+
+
+def test_preflight_forgets_buffers_and_random_numbers():
+    from types import SimpleNamespace
+
+    from megatron_rltd.preflight import _forgotten
+
+    chunk = torch.nn.BatchNorm1d(2)  # has running statistics, as routers do
+    config = SimpleNamespace(finalize_model_grads_func=len)
+    optimizer = SimpleNamespace(zero_grad=lambda: None)
+    state, statistics = torch.get_rng_state(), chunk.running_mean.clone()
+    with _forgotten([chunk], optimizer, config):
+        chunk(torch.randn(8, 2))
+        assert not torch.equal(chunk.running_mean, statistics)
+        assert config.finalize_model_grads_func is not len
+    assert torch.equal(chunk.running_mean, statistics)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert config.finalize_model_grads_func is len
