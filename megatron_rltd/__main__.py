@@ -22,6 +22,7 @@ from megatron_rltd.config import ConfigError, add_arguments
 from megatron_rltd.refusals import refuse_command_line
 from megatron_rltd.versions import VersionError
 
+OURS = ("-h", "--help", "--random-ltd", "--layer-token-lr", "--train-layer-tokens")
 BUNDLED = {"pretrain_gpt": Path(__file__).parent / "pretrain_gpt.py"}
 
 
@@ -84,8 +85,7 @@ def prepare(script: Path, args: list[str]) -> None:
     from megatron_rltd import patches
 
     patches.use_compiled_helper(even_in_clone=on_cpu)
-    wanted = {"-h", "--help"}
-    if any(a in wanted or a.startswith("--random-ltd") for a in args):
+    if any(a.startswith(OURS) for a in args):
         refuse_command_line(args)
         patches.apply()
         if is_first:

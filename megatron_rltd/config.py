@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_rltd.schedule import Schedule
+from megatron_rltd.schedule import LayerTokens, Schedule
 from megatron_rltd.shards import fewest_strata
 
 
@@ -113,6 +113,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="Train with random layerwise token dropping. Evaluation never drops.",
     )
+    group.add_argument(
+        "--layer-token-lr",
+        action="store_true",
+        help="Let warm-up, decay and weight-decay increments advance by LayerTokens, the tokens "
+        "summed over the layers that processed them, instead of samples. In --lr-warmup-samples "
+        "and its like a sample then stands for as many LayerTokens as a sample of which nothing "
+        "is dropped; decay defaults to the LayerTokens of the run.",
+    )
+    group.add_argument(
+        "--train-layer-tokens",
+        type=int,
+        metavar="N",
+        help="Train until each layer has processed N tokens on average, N LayerTokens per layer: "
+        "the paper's unit for the length of a run. Instead of --train-iters or --train-samples.",
+    )
     return parser
 
 
@@ -177,9 +192,12 @@ class Resolved:
     strata: int
     seed: int
 
-    def position(self, iteration: int, consumed_samples: int) -> int:
-        """Return the schedule's position at the start of an iteration (counted from 0)."""
-        return consumed_samples if self.ramp_in_samples else iteration
+    @property
+    def layer_tokens(self) -> LayerTokens:
+        """What a step consumes."""
+        return LayerTokens(
+            self.schedule, self.model.num_layers, len(self.dropped_layers), self.ramp_in_samples
+        )
 
 
 def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:

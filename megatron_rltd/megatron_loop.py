@@ -7,10 +7,11 @@ arguments are valid.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from megatron_rltd import metrics
+from megatron_rltd import metrics, run_length
 from megatron_rltd.config import (
     FIELDS,
     FLAG_PREFIX,
@@ -22,41 +23,67 @@ from megatron_rltd.config import (
     options_in_force,
     resolve,
 )
+from megatron_rltd.learning_rate import LayerTokenScheduler, scale_weight_decay
 from megatron_rltd.preflight import arguments_with_preflight
 from megatron_rltd.random_ltd import RandomLTD
 from megatron_rltd.refusals import validate
+from megatron_rltd.schedule import Progress
 
 _LAYER_TOKENS = "random_ltd_layer_tokens"
+_DENSE = "random_ltd_dense_layer_tokens"  # what they were if nothing had been dropped
 
 _random_ltd: RandomLTD | None = None
+_scheduler: LayerTokenScheduler | None = None
+_flops = metrics.FlopsSinceLog()
 _preflight_due = False
 
 
 def start(args: Any) -> None:
-    """Check Megatron's validated arguments and make the runtime object.
+    """Check Megatron's validated arguments, make the runtime object and set the run's length.
 
     Raises:
         ConfigError: A flag is wrong, or combined with a feature that random-LTD refuses.
     """
-    global _random_ltd, _preflight_due
-    _random_ltd = None
+    global _random_ltd, _scheduler, _flops, _preflight_due
+    _random_ltd = _scheduler = None
+    _flops = metrics.FlopsSinceLog()
     if not args.random_ltd:
-        changed = [
-            n for n in FIELDS if getattr(args, FLAG_PREFIX + n) != getattr(RandomLTDConfig, n)
-        ]
-        if changed:
-            raise ConfigError(
-                [f"{flag(name)} does nothing without --random-ltd: add it" for name in changed]
-            )
+        _refuse_without_random_ltd(args)
         return
-    _use(RandomLTD(config_from_args(args), validate(args)), args)
-    setattr(args, _LAYER_TOKENS, 0)
+    resolved = validate(args)
+    run_length.set_length(args, resolved)
+    _use(RandomLTD(config_from_args(args), resolved), args)
+    _set_consumed(args, 0, 0)
     _preflight_due = args.random_ltd_preflight
+
+
+def _refuse_without_random_ltd(args: Any) -> None:
+    changed = [
+        flag(n) for n in FIELDS if getattr(args, FLAG_PREFIX + n) != getattr(RandomLTDConfig, n)
+    ]
+    if args.layer_token_lr:
+        changed.append("--layer-token-lr")
+    problems = [f"{name} does nothing without --random-ltd: add it" for name in changed]
+    if args.train_layer_tokens is not None:
+        samples = -(-args.train_layer_tokens // args.seq_length)
+        problems.append(
+            f"--train-layer-tokens {args.train_layer_tokens} needs --random-ltd: a dense run of as "
+            f"many LayerTokens takes --train-samples {samples}"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _set_consumed(args: Any, layer_tokens: int, dense: int) -> None:
+    setattr(args, _LAYER_TOKENS, layer_tokens)
+    setattr(args, _DENSE, dense)
 
 
 def _use(random_ltd: RandomLTD, args: Any) -> None:
     global _random_ltd
     _random_ltd = random_ltd
+    if _scheduler is not None:
+        _scheduler.random_ltd = random_ltd
     # What the checkpoint must hold is what the run does, not what was left to a default.
     args.random_ltd_strata = random_ltd.resolved.strata
     args.random_ltd_seed = random_ltd.resolved.seed
@@ -81,6 +108,43 @@ def attach(model: Any) -> None:
         raise ConfigError([str(error)]) from error
 
 
+def layer_token_scheduler(scheduler: Any) -> Any:
+    """Return what is to schedule the learning rate in place of Megatron's scheduler."""
+    from megatron.training import get_args
+
+    global _scheduler
+    if _random_ltd is None or not get_args().layer_token_lr:
+        return scheduler
+    args = get_args()
+    scale_weight_decay(scheduler, run_length.share_of_dense(args, _random_ltd.resolved))
+    _scheduler = LayerTokenScheduler(scheduler, _random_ltd)
+    return _scheduler
+
+
+def set_remaining_length() -> None:
+    """Set the iterations and samples that ``--train-layer-tokens`` takes from where a run is.
+
+    A run that continues a checkpoint may have got there with another batch size or schedule.
+    """
+    from megatron.training import get_args, print_rank_0
+
+    if _random_ltd is None or get_args().train_layer_tokens is None:
+        return
+    args = get_args()
+    # What Megatron, which runs later, makes of a checkpoint without a count of samples.
+    samples = args.consumed_train_samples or args.iteration * args.global_batch_size
+    here = Progress(args.iteration, samples, getattr(args, _LAYER_TOKENS))
+    end = run_length.end_of_budget(args, _random_ltd.resolved, here)
+    args.train_iters = end.iteration
+    if args.train_samples:
+        args.train_samples = end.samples
+    print_rank_0(
+        f"random-LTD: --train-layer-tokens {args.train_layer_tokens} ends the run after "
+        f"{end.iteration} iterations and {end.samples} samples, of which it has done "
+        f"{here.iteration} and {here.samples}"
+    )
+
+
 def resume(checkpoint_args: Any) -> None:
     """Take over state from a checkpoint and check that it continues the same run.
 
@@ -98,8 +162,13 @@ def resume(checkpoint_args: Any) -> None:
         return
     args, model = get_args(), _random_ltd.resolved.model
     samples = getattr(checkpoint_args, "consumed_train_samples", 0)
-    dense = samples * model.seq_length * model.num_layers
-    setattr(args, _LAYER_TOKENS, getattr(checkpoint_args, _LAYER_TOKENS, dense))
+    dense = samples * _random_ltd.resolved.layer_tokens.dense
+    _set_consumed(
+        args,
+        getattr(checkpoint_args, _LAYER_TOKENS, dense),
+        getattr(checkpoint_args, _DENSE, dense),
+    )
+    _check_learning_rate(args, checkpoint_args)
     if not getattr(checkpoint_args, "random_ltd", False):
         print_rank_0(
             f"random-LTD: the checkpoint was trained without it; its {samples} samples count as "
@@ -130,7 +199,27 @@ def resume(checkpoint_args: Any) -> None:
     config = dataclasses.replace(chosen, **taken, **free)
     for name in FIELDS:
         setattr(args, FLAG_PREFIX + name, getattr(config, name))
-    _use(RandomLTD(config, resolve(config, model_from_args(args))), args)
+    resolved = resolve(config, model_from_args(args))
+    _use(RandomLTD(config, resolved), args)
+    rewound = getattr(args, "override_ckpt_iteration", None)
+    if rewound is not None:
+        end = run_length.after_iterations(args, resolved, rewound)
+        _set_consumed(args, end.layer_tokens, end.samples * resolved.layer_tokens.dense)
+
+
+def _check_learning_rate(args: Any, checkpoint_args: Any) -> None:
+    saved = getattr(checkpoint_args, "layer_token_lr", False)
+    # In a dense checkpoint both count the same.
+    if not getattr(checkpoint_args, "random_ltd", False) or saved == args.layer_token_lr:
+        return
+    if not args.override_opt_param_scheduler:
+        raise ConfigError(
+            [
+                f"the checkpoint was trained {'with' if saved else 'without'} --layer-token-lr: "
+                f"{'add it' if saved else 'leave it away'}, or add --override-opt-param-scheduler "
+                "to change how the learning rate advances from here"
+            ]
+        )
 
 
 def _listed(names: list[str], saved: RandomLTDConfig, asked: RandomLTDConfig) -> str:
@@ -152,7 +241,6 @@ def train_step(original: Callable, *call: Any, **kwargs: Any) -> Any:
     if _random_ltd is None:
         return original(*call, **kwargs)
     args = get_args()
-    samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
     begin_step = functools.partial(
         _random_ltd.begin_step, args.curr_iteration, args.consumed_train_samples
     )
@@ -169,11 +257,36 @@ def train_step(original: Callable, *call: Any, **kwargs: Any) -> Any:
     losses, should_exit = result[0], result[3]
     if not should_exit:  # else Megatron does not count the step either
         kept = _random_ltd.kept_tokens
-        tokens = samples * metrics.sample_layer_tokens(_random_ltd.resolved, kept)
-        setattr(args, _LAYER_TOKENS, getattr(args, _LAYER_TOKENS) + tokens)
+        samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
+        counted = _random_ltd.resolved.layer_tokens
+        _set_consumed(
+            args,
+            getattr(args, _LAYER_TOKENS) + samples * counted.per_sample(kept),
+            getattr(args, _DENSE) + samples * counted.dense,
+        )
         metrics.add_kept_tokens(losses, kept)
-        metrics.write_layer_tokens(getattr(args, _LAYER_TOKENS), args.curr_iteration + 1)
+        _flops.begin_step()
     return result
+
+
+def training_log(original: Callable, *call: Any, **kwargs: Any) -> Any:
+    """Add to what Megatron logs after each step.
+
+    Args:
+        original: ``megatron.training.training.training_log``.
+    """
+    from megatron.training import get_args
+
+    if _random_ltd is not None:
+        args = get_args()
+        bound = inspect.signature(original).bind(*call, **kwargs).arguments
+        tokens = getattr(args, _LAYER_TOKENS)
+        share = tokens / getattr(args, _DENSE)
+        metrics.add_to_log_line(bound["total_loss_dict"], bound["skipped_iter"], tokens, share)
+        metrics.write_scalars(
+            bound["loss_dict"], bound["learning_rate"], bound["iteration"], tokens, share
+        )
+    return original(*call, **kwargs)
 
 
 def begin_micro_batch(index: int) -> None:
@@ -185,14 +298,16 @@ def begin_micro_batch(index: int) -> None:
 def floating_point_operations(
     original: Callable, args: Any, batch_size: int, *rest: Any, **kwargs: Any
 ) -> float:
-    """Count a global batch of the step that was run last.
+    """Count a global batch of the step that was run last; for the log line, of those it is about.
 
     Args:
         original: ``megatron.training.training.num_floating_point_operations``.
     """
-    if _random_ltd is None or _random_ltd.kept_tokens == args.seq_length:
+    if _random_ltd is None:
         return original(args, batch_size, *rest, **kwargs)
-    return metrics.floating_point_operations(
+    if _flops.is_for_log:
+        return _flops.mean(is_reset=(args.curr_iteration + 1) % args.log_interval == 0)
+    flops = metrics.floating_point_operations(
         original,
         _random_ltd.resolved,
         _random_ltd.kept_tokens,
@@ -201,3 +316,5 @@ def floating_point_operations(
         *rest,
         **kwargs,
     )
+    _flops.add(flops)
+    return flops

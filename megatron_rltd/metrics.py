@@ -1,22 +1,17 @@
 """What a run with dropped tokens reports: kept tokens, LayerTokens and FLOPs."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_rltd.config import Resolved
-from megatron_rltd.schedule import layer_tokens
 
 KEPT_TOKENS = "random-ltd kept tokens"
 LAYER_TOKENS = "random-ltd layer tokens"
-
-
-def sample_layer_tokens(resolved: Resolved, kept: int) -> int:
-    """Return the LayerTokens of one sample at kept length `kept`."""
-    model = resolved.model
-    return layer_tokens(model.seq_length, kept, model.num_layers, len(resolved.dropped_layers))
+SHARE = "random-ltd share of dense"
 
 
 def add_kept_tokens(losses: dict[str, torch.Tensor], kept: int) -> None:
@@ -31,18 +26,83 @@ def add_kept_tokens(losses: dict[str, torch.Tensor], kept: int) -> None:
         losses[KEPT_TOKENS] = torch.full((1,), float(kept), device=device)
 
 
-def write_layer_tokens(layer_tokens_so_far: int, iteration: int) -> None:
-    """Write the LayerTokens consumed to TensorBoard and W&B where Megatron has writers open."""
+def add_to_log_line(
+    total_losses: dict[str, Any], skipped: int, layer_tokens: int, share: float
+) -> None:
+    """Have Megatron print values as they are, beside means, in its next log line.
+
+    Args:
+        total_losses: Megatron's sums since the last line, which it will divide by the number of
+            steps not skipped.
+        skipped: Whether the step that it is about to add was.
+        layer_tokens: Consumed by the run.
+        share: That number in what a dense run had consumed.
+    """
+    steps = max(1, total_losses.get("advanced iterations", 0) + (not skipped))
+    for name, value in ((LAYER_TOKENS, layer_tokens), (SHARE, share)):
+        total_losses[name] = torch.tensor([float(value * steps)], dtype=torch.float64)
+
+
+def write_scalars(
+    losses: dict[str, torch.Tensor],
+    learning_rate: float | None,
+    iteration: int,
+    layer_tokens: int,
+    share: float,
+) -> None:
+    """Write to TensorBoard and W&B where Megatron has writers open, in its style of tags.
+
+    LayerTokens are the third axis beside Megatron's steps and samples. W&B has one axis only, so
+    that it gets them as a value, as Megatron does with samples.
+    """
     from megatron.training import get_args, get_tensorboard_writer
     from megatron.training.global_vars import get_wandb_writer
 
-    if iteration % get_args().tensorboard_log_interval:
-        return
     writer, wandb = get_tensorboard_writer(), get_wandb_writer()
-    if writer:
-        writer.add_scalar(LAYER_TOKENS, layer_tokens_so_far, iteration)
+    if not writer or iteration % get_args().tensorboard_log_interval:
+        return
+    for name, value in ((LAYER_TOKENS, layer_tokens), (SHARE, share)):
+        writer.add_scalar(name, value, iteration)
+        if wandb:
+            wandb.log({name: value}, iteration)
     if wandb:
-        wandb.log({LAYER_TOKENS: layer_tokens_so_far}, iteration)
+        wandb.log({"layer tokens vs steps": layer_tokens}, iteration)
+    if learning_rate is not None:
+        writer.add_scalar("learning-rate vs layer tokens", learning_rate, layer_tokens)
+    for name, loss in losses.items():
+        writer.add_scalar(f"{name} vs layer tokens", loss, layer_tokens)
+
+
+class FlopsSinceLog:
+    """The floating-point operations of each step since Megatron's last log line.
+
+    Megatron asks for the last step's after each step, and once more to print a throughput, for
+    which it divides them by the mean time of the steps since the last line. With a kept length
+    that grows, the mean operations belong to it.
+
+    Attributes:
+        is_for_log: Whether the last step has been counted, so that the next question is the log's.
+    """
+
+    def __init__(self) -> None:
+        self.is_for_log = False
+        self._steps: list[float] = []
+
+    def begin_step(self) -> None:
+        """Expect the count of a step."""
+        self.is_for_log = False
+
+    def add(self, operations: float) -> None:
+        """Take the count of a step."""
+        self._steps.append(operations)
+        self.is_for_log = True
+
+    def mean(self, is_reset: bool) -> float:
+        """Return the mean of the steps; forget them if Megatron starts anew."""
+        mean = math.fsum(self._steps) / len(self._steps)
+        if is_reset:
+            self._steps.clear()
+        return mean
 
 
 def floating_point_operations(
@@ -57,7 +117,8 @@ def floating_point_operations(
     """Return the floating-point operations of a global batch of which layers drop tokens.
 
     Megatron's own count, less each dropped layer at full length, plus the same layer on `kept`
-    tokens. What Megatron counts for one layer is the difference between two layers and one.
+    tokens. What Megatron counts for one layer is the difference between two layers and one. Exactly
+    Megatron's count if nothing is dropped.
 
     Args:
         original: ``megatron.training.training.num_floating_point_operations``.
@@ -76,6 +137,8 @@ def floating_point_operations(
         return _layer_operations(original, args, batch_size, tokens, is_moe, sums)
 
     total = original(args, batch_size, *packed)
+    if kept == args.seq_length:
+        return total
     for is_moe, layers in _dropped_by_kind(resolved, args).items():
         total -= layers * (layer(args.seq_length, is_moe) - layer(kept, is_moe))
     return total

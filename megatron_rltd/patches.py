@@ -35,9 +35,18 @@ def _setup_model_and_optimizer(original: Callable) -> Callable:
     def setup_model_and_optimizer(*args, **kwargs):
         result = original(*args, **kwargs)
         megatron_loop.attach(result[0])
+        megatron_loop.set_remaining_length()
         return result
 
     return setup_model_and_optimizer
+
+
+def _get_optimizer_param_scheduler(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_optimizer_param_scheduler(*args, **kwargs):
+        return megatron_loop.layer_token_scheduler(original(*args, **kwargs))
+
+    return get_optimizer_param_scheduler
 
 
 def _check_checkpoint_args(original: Callable) -> Callable:
@@ -52,6 +61,10 @@ def _check_checkpoint_args(original: Callable) -> Callable:
 
 def _train_step(original: Callable) -> Callable:
     return functools.wraps(original)(functools.partial(megatron_loop.train_step, original))
+
+
+def _training_log(original: Callable) -> Callable:
+    return functools.wraps(original)(functools.partial(megatron_loop.training_log, original))
 
 
 def _set_current_microbatch(original: Callable) -> Callable:
@@ -110,7 +123,12 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         f"{_TRAINING}:setup_model_and_optimizer",
         _setup_model_and_optimizer,
-        "attaches to the model as soon as it exists",
+        "attaches to the model and, once a checkpoint is loaded, sets how long the run goes on",
+    ),
+    Patch(
+        f"{_TRAINING}:get_optimizer_param_scheduler",
+        _get_optimizer_param_scheduler,
+        "lets the learning rate follow LayerTokens, if asked to",
     ),
     Patch(
         "megatron.training.checkpointing:check_checkpoint_args",
@@ -121,8 +139,22 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         f"{_TRAINING}:train_step",
         _train_step,
-        "sets the kept length of a step, then counts and logs its LayerTokens",
+        "sets the kept length of a step, then counts its LayerTokens",
         parameters=("forward_step_func", "data_iterator", "model", "optimizer"),
+    ),
+    Patch(
+        f"{_TRAINING}:training_log",
+        _training_log,
+        "logs LayerTokens, and losses and learning rate against them",
+        parameters=(
+            "loss_dict",
+            "total_loss_dict",
+            "learning_rate",
+            "iteration",
+            "loss_scale",
+            "report_memory_flag",
+            "skipped_iter",
+        ),
     ),
     Patch(
         "megatron.core.pipeline_parallel.schedules:set_current_microbatch",

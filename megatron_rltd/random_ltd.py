@@ -27,6 +27,7 @@ from megatron_rltd.config import ConfigError, Model, RandomLTDConfig, Resolved, 
 from megatron_rltd.layer import KeptTokens, MicroBatch
 from megatron_rltd.packed import flatten_samples
 from megatron_rltd.refusals import refused
+from megatron_rltd.schedule import Progress
 from megatron_rltd.shards import context_parallel_strata, sequence_parallel_strata
 
 
@@ -114,7 +115,7 @@ class RandomLTD:
 
         Parallelism: All ranks must call it with equal values.
         """
-        position = self.resolved.position(iteration, consumed_samples)
+        position = self.resolved.layer_tokens.position(Progress(iteration, consumed_samples))
         self._kept_tokens = self.resolved.schedule.kept_tokens(position)
         self._consumed_samples = consumed_samples
         self._micro_batch = None

@@ -14,7 +14,9 @@ LayerTokens are the tokens of every layer summed: a sample costs s*(L - n) + k*n
 dropped, a dense sample s*L.
 """
 
-from collections.abc import Iterator
+import bisect
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
@@ -71,64 +73,114 @@ class Schedule:
                 return
             position, kept = later, self.kept_tokens(later)
 
-    def kept_token_sum(self, steps: int, stride: int = 1) -> int:
-        """Return the sum of k(t) over t = 0, stride, 2*stride, ... for `steps` steps.
+    def kept_token_sum(self, steps: int, stride: int = 1, start: int = 0) -> int:
+        """Return the sum of k(t) over t = start, start + stride, ... for `steps` steps.
 
         Args:
             steps: Number of training steps.
             stride: How far one step moves t: 1 if t counts steps, the global batch size if samples.
+            start: t of the first step.
         """
-        levels = list(self.levels())
-        total = 0
-        for (start, kept), after in zip(levels, [*levels[1:], None], strict=True):
-            first = min(steps, -(-start // stride))
-            end = steps if after is None else min(steps, -(-after[0] // stride))
+        levels = _levels(self)
+        total, first = 0, 0
+        for (_, kept), (after, _) in zip(levels, [*levels[1:], (None, 0)], strict=True):
+            end = steps if after is None else min(steps, max(0, -(-(after - start) // stride)))
             total += kept * (end - first)
+            first = end
         return total
 
 
-def layer_tokens(seq_length: int, kept: int, num_layers: int, num_dropped: int) -> int:
-    """Return the LayerTokens of one sample of which `num_dropped` layers keep `kept` tokens."""
-    return seq_length * (num_layers - num_dropped) + kept * num_dropped
+@functools.cache
+def _levels(schedule: Schedule) -> list[tuple[int, int]]:
+    return list(schedule.levels())
 
 
-def consumed_layer_tokens(
-    schedule: Schedule,
-    steps: int,
-    batch_size: int,
-    num_layers: int,
-    num_dropped: int,
-    stride: int = 1,
-) -> int:
-    """Return the LayerTokens of the first `steps` steps of `batch_size` samples each."""
-    full = schedule.seq_length * (num_layers - num_dropped) * steps
-    return batch_size * (full + num_dropped * schedule.kept_token_sum(steps, stride))
+BatchSize = Callable[[int], int]
+"""The samples of the next step, as a function of the samples consumed. It never shrinks."""
 
 
-def steps_for_layer_tokens(
-    schedule: Schedule,
-    budget: int,
-    batch_size: int,
-    num_layers: int,
-    num_dropped: int,
-    stride: int = 1,
-) -> int:
-    """Return the fewest steps that consume at least `budget` LayerTokens."""
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands between two steps.
 
-    def consumed(steps: int) -> int:
-        return consumed_layer_tokens(schedule, steps, batch_size, num_layers, num_dropped, stride)
+    Attributes:
+        iteration: Steps done.
+        samples: Samples consumed by them.
+        layer_tokens: LayerTokens consumed by them.
+    """
 
-    high = 1
-    while consumed(high) < budget:
-        high *= 2
-    low = 0
-    while low < high:
-        middle = (low + high) // 2
-        if consumed(middle) < budget:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    iteration: int = 0
+    samples: int = 0
+    layer_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The LayerTokens that training steps consume.
+
+    Attributes:
+        schedule: The kept length; its position counts samples if `ramp_in_samples`, else steps.
+        num_layers: L.
+        num_dropped: n.
+    """
+
+    schedule: Schedule
+    num_layers: int
+    num_dropped: int
+    ramp_in_samples: bool = False
+
+    @property
+    def dense(self) -> int:
+        """The LayerTokens of one sample of which nothing is dropped."""
+        return self.per_sample(self.schedule.seq_length)
+
+    def per_sample(self, kept: int) -> int:
+        """Return the LayerTokens of one sample of which the dropped layers keep `kept` tokens."""
+        full_layers = self.num_layers - self.num_dropped
+        return self.schedule.seq_length * full_layers + kept * self.num_dropped
+
+    def position(self, progress: Progress) -> int:
+        """Return the schedule's position t of the next step."""
+        return progress.samples if self.ramp_in_samples else progress.iteration
+
+    def after(self, steps: int, batch_size: int, start: Progress = Progress()) -> Progress:
+        """Return where `steps` more steps of `batch_size` samples lead."""
+        stride = batch_size if self.ramp_in_samples else 1
+        kept = self.schedule.kept_token_sum(steps, stride, self.position(start))
+        tokens = batch_size * (steps * self.per_sample(0) + kept * self.num_dropped)
+        return Progress(
+            start.iteration + steps,
+            start.samples + steps * batch_size,
+            start.layer_tokens + tokens,
+        )
+
+    def until(
+        self,
+        reached: Callable[[Progress], bool],
+        batch_size: BatchSize,
+        start: Progress = Progress(),
+    ) -> Progress:
+        """Return where the fewest steps lead after which `reached` holds.
+
+        Args:
+            reached: Stays true once it is; true some time.
+            batch_size: Of each step.
+        """
+        progress = start
+        while not reached(progress):
+            size = batch_size(progress.samples)
+
+            def is_last(steps: int, size: int = size, progress: Progress = progress) -> bool:
+                # Of the steps of this batch size.
+                end = self.after(steps, size, progress)
+                return reached(end) or batch_size(end.samples) != size
+
+            high = 1
+            while not is_last(high):
+                high *= 2
+            steps = bisect.bisect_left(range(high), True, lo=1, key=is_last)
+            progress = self.after(steps, size, progress)
+        return progress
 
 
 def integer_root(value: int, degree: int) -> int:

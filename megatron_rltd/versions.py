@@ -41,6 +41,10 @@ RELIED_ON: tuple[Patch, ...] = (
     _relied_on("megatron.core.tensor_parallel.mappings:_split_along_first_dim"),
     _relied_on("megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb"),
     _relied_on("megatron.core.pipeline_parallel.schedules:forward_step"),
+    _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.step"),
+    _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.state_dict"),
+    _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.load_state_dict"),
+    _relied_on("megatron.core.num_microbatches_calculator:_build_num_microbatches_calculator"),
     _relied_on("megatron.training.datasets.data_samplers:MegatronPretrainingSampler.__iter__"),
 )
 

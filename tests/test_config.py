@@ -12,7 +12,7 @@ from megatron_rltd.config import (
     parse_layers,
     resolve,
 )
-from megatron_rltd.schedule import Schedule
+from megatron_rltd.schedule import Progress, Schedule
 
 MODEL = Model(seq_length=256, num_layers=8)
 GOOD = RandomLTDConfig(min_tokens=64, ramp_iters=100, increment=16)
@@ -28,13 +28,13 @@ def test_defaults_of_a_resolved_config():
     assert resolved.strata == 1
     assert resolved.seed == 1234
     assert resolved.schedule == Schedule(256, 64, 100, 16, 1)
-    assert resolved.position(iteration=5, consumed_samples=80) == 5
+    assert resolved.layer_tokens.position(Progress(iteration=5, samples=80)) == 5
 
 
 def test_ramp_in_samples_and_constant():
     resolved = resolve(changed(ramp_iters=None, ramp_samples=800), MODEL)
     assert resolved.schedule.ramp_length == 800
-    assert resolved.position(iteration=5, consumed_samples=80) == 80
+    assert resolved.layer_tokens.position(Progress(iteration=5, samples=80)) == 80
     constant = resolve(changed(ramp_iters=None, constant=True), MODEL)
     assert constant.schedule.kept_tokens(10**9) == 64
 
@@ -139,6 +139,8 @@ EXPECTED_FLAGS = {
     "--random-ltd-seed": "random_ltd_seed",
     "--random-ltd-backend": "random_ltd_backend",
     "--random-ltd-preflight": "random_ltd_preflight",
+    "--layer-token-lr": "layer_token_lr",
+    "--train-layer-tokens": "train_layer_tokens",
 }
 
 

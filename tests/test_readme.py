@@ -1,5 +1,6 @@
 """README and code say the same."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def test_every_path_in_the_readme_exists():
 def test_every_flag_is_in_the_readme_and_no_other():
     known = {config.flag(name) for name in config.FIELDS} | {"--random-ltd"}
     assert set(re.findall(r"--random-ltd[\w-]*", README)) == known
+    rows = set(re.findall(r"^\| `(--[\w-]+)` \|", README, re.MULTILINE))
+    parser = config.add_arguments(argparse.ArgumentParser(add_help=False))
+    assert rows == {action.option_strings[0] for action in parser._actions}
 
 
 def test_defaults_in_the_readme():

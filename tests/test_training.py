@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from megatron_rltd.schedule import Schedule, layer_tokens
+from megatron_rltd.schedule import LayerTokens, Schedule
 from tests.parallel import Training, train
 
 STEPS, GLOBAL_BATCH, SEQ, LAYERS = 6, 8, 64, 4
@@ -27,6 +27,7 @@ LTD = (
     "--random-ltd --random-ltd-min-tokens 16 --random-ltd-ramp-iters 9 --random-ltd-increment 8 "
     "--random-ltd-strata 8"
 )
+TOKENS = LayerTokens(Schedule(SEQ, 16, 9, 8), LAYERS, LAYERS - 2)
 KEPT = [Schedule(SEQ, 16, 9, 8).kept_tokens(t) for t in range(STEPS)]
 
 
@@ -75,7 +76,7 @@ def test_dropout_and_recomputation_at_full_length_are_bit_identical():
 def test_kept_tokens_and_layer_tokens_are_counted(alone, dense):
     assert alone.kept == KEPT
     assert KEPT[0] < KEPT[-1] < SEQ
-    expected = sum(GLOBAL_BATCH * layer_tokens(SEQ, k, LAYERS, LAYERS - 2) for k in KEPT)
+    expected = sum(GLOBAL_BATCH * TOKENS.per_sample(k) for k in KEPT)
     assert alone.layer_tokens == expected
     assert max(abs(a - b) for a, b in zip(alone.losses, dense.losses, strict=True)) > 1e-4
     assert "random-ltd kept tokens" in alone.output
@@ -168,7 +169,11 @@ def second_half(whole: Training) -> Training:
         grad_norms=whole.grad_norms[3:],
         validation=whole.validation,
         flops=whole.flops[3:],
+        logged_flops=whole.logged_flops[3:],
         kept=whole.kept[3:],
+        learning_rates=whole.learning_rates[3:],
+        weight_decays=whole.weight_decays[3:],
+        arguments=whole.arguments,
         layer_tokens=whole.layer_tokens,
         output="",
     )
@@ -290,7 +295,7 @@ def test_checkpoints_are_ordinary_both_ways(checkpoint, tmp_path):
     assert len(back.losses) == 1
     assert back.kept == [Schedule(SEQ, 16, 9, 8).kept_tokens(6)]
     dense = 6 * GLOBAL_BATCH * SEQ * LAYERS
-    assert back.layer_tokens == dense + GLOBAL_BATCH * layer_tokens(SEQ, int(back.kept[0]), 4, 2)
+    assert back.layer_tokens == dense + GLOBAL_BATCH * TOKENS.per_sample(int(back.kept[0]))
     assert "was trained without it" in back.output
 
 
@@ -371,7 +376,16 @@ def test_bf16_and_experts_train():
     assert all(math.isfinite(loss) for loss in spread.losses)
 
 
-def test_tensorboard_has_layer_tokens_and_kept_tokens(tmp_path):
+def test_log_lines_count_the_steps_since_the_last(alone, dense):
+    assert dense.logged_flops[-1] == dense.flops[-1]
+    seldom = train(f"{BASE} {LTD}".replace("--log-interval 1", "--log-interval 3"))
+    assert seldom.flops == alone.flops
+    # Megatron also logs the first step by itself, without starting anew after it.
+    means = [sum(seldom.flops[:3]) / 3, sum(seldom.flops[3:]) / 3]
+    assert seldom.logged_flops == pytest.approx([seldom.flops[0], *means], rel=1e-12)
+
+
+def test_logs_have_layer_tokens_as_a_third_axis(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = train(f"{BASE} {LTD} --tensorboard-dir {tmp_path} --tensorboard-log-interval 1")
@@ -379,6 +393,25 @@ def test_tensorboard_has_layer_tokens_and_kept_tokens(tmp_path):
     events.Reload()
     kept = events.Scalars("random-ltd kept tokens")
     tokens = events.Scalars("random-ltd layer tokens")
-    assert [e.step for e in kept] == [e.step for e in tokens] == list(range(1, STEPS + 1))
+    share = events.Scalars("random-ltd share of dense")
+    steps = list(range(1, STEPS + 1))
+    assert [e.step for e in kept] == [e.step for e in tokens] == [e.step for e in share] == steps
     assert [e.value for e in kept] == run.kept
-    assert tokens[-1].value == run.layer_tokens
+    sums = [sum(GLOBAL_BATCH * TOKENS.per_sample(k) for k in KEPT[:n]) for n in steps]
+    assert [e.value for e in tokens] == sums
+    shares = [s / (GLOBAL_BATCH * TOKENS.dense * n) for n, s in zip(steps, sums, strict=True)]
+    assert [e.value for e in share] == pytest.approx(shares, rel=1e-6)
+    for tag in ("learning-rate", "lm loss"):
+        by_tokens = events.Scalars(f"{tag} vs layer tokens")
+        assert [e.step for e in by_tokens] == sums
+        assert [e.value for e in by_tokens] == [e.value for e in events.Scalars(tag)]
+        assert [e.step for e in events.Scalars(f"{tag} vs samples")] == [8 * n for n in steps]
+    # The console's line: the mean kept length, and what has been consumed when it is printed.
+    seldom = train(f"{BASE} {LTD}".replace("--log-interval 1", "--log-interval 3")).output
+    lines = re.findall(
+        r"random-ltd layer tokens: (\S+) \| random-ltd share of dense: (\S+) ", seldom
+    )
+    assert [float(a) for a, _ in lines[-2:]] == [sums[2], sums[5]]
+    assert [float(b) for _, b in lines[-2:]] == pytest.approx([shares[2], shares[5]], rel=1e-6)
+    means = [float(kept) for kept in re.findall(r"random-ltd kept tokens: (\S+)", seldom)]
+    assert means[-2:] == pytest.approx([sum(KEPT[:3]) / 3, sum(KEPT[3:]) / 3], rel=1e-6)

@@ -187,8 +187,12 @@ class Training:
         grad_norms: Gradient norm of each step.
         validation: Loss of each evaluation.
         flops: Megatron's count for each step.
+        logged_flops: Megatron's count for each log line, of which it makes TFLOP/s.
         kept: Kept tokens of each step, if logged.
         layer_tokens: ``args.random_ltd_layer_tokens`` at the end, if there.
+        learning_rates: After each step.
+        weight_decays: After each step.
+        arguments: Megatron's numbers for the length of the run and its learning rate, at the end.
         output: What rank 0 printed.
     """
 
@@ -196,8 +200,12 @@ class Training:
     grad_norms: list[float]
     validation: list[float]
     flops: list[float]
+    logged_flops: list[float]
     kept: list[float]
+    learning_rates: list[float]
+    weight_decays: list[float]
     layer_tokens: int | None
+    arguments: dict[str, int | None]
     output: str
 
 
@@ -240,6 +248,8 @@ def train_on_this_rank(script: str, arguments: list[str]) -> dict[str, Any]:
     from megatron.training import get_args
 
     record["layer_tokens"] = getattr(get_args(), "random_ltd_layer_tokens", None)
+    names = ("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples")
+    record["arguments"] = {name: getattr(get_args(), name) for name in names}
     return record
 
 
@@ -247,16 +257,17 @@ def _record_steps() -> dict[str, Any]:
     """Record what the training loop's functions return, outside of every patch."""
     from megatron.training import training
 
-    record: dict[str, Any] = {
-        name: [] for name in ("losses", "grad_norms", "validation", "flops", "kept")
-    }
+    names = "losses grad_norms validation flops logged_flops kept learning_rates weight_decays"
+    record: dict[str, Any] = {name: [] for name in names.split()}
     train_step, evaluate = training.train_step, training.evaluate
     count = training.num_floating_point_operations
     in_log: list[bool] = []
 
     def recorded_step(*args, **kwargs):
         result = train_step(*args, **kwargs)
-        losses, grad_norm = result[0], result[5]
+        losses, grad_norm, group = result[0], result[5], args[3].param_groups[0]
+        record["learning_rates"].append(group["lr"])
+        record["weight_decays"].append(group["weight_decay"])
         if losses:
             record["losses"].append(float(losses["lm loss"]))
         if "random-ltd kept tokens" in losses:
@@ -276,6 +287,8 @@ def _record_steps() -> dict[str, Any]:
         if not in_log:  # Megatron counts a step once for the total and again for the log line
             record["flops"].append(float(flops))
             in_log.append(True)
+        else:
+            record["logged_flops"].append(float(flops))
         return flops
 
     training.train_step = recorded_step

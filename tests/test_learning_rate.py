@@ -1,0 +1,265 @@
+"""The LayerToken learning rate: Megatron's scheduler in another unit, and in Megatron's loop."""
+
+import json
+import types
+from fractions import Fraction
+
+import pytest
+
+from megatron_rltd.config import Model, RandomLTDConfig, resolve
+from megatron_rltd.learning_rate import LayerTokenScheduler, scale_weight_decay
+from megatron_rltd.random_ltd import RandomLTD
+from megatron_rltd.schedule import Schedule
+from tests.parallel import train
+from tests.test_training import BASE, FORMAT, GLOBAL_BATCH, KEPT, LTD, SEQ, STEPS, TOKENS, rewind
+
+# Numbers that divide nothing.
+CONFIG = RandomLTDConfig(min_tokens=7, ramp_iters=31, increment=3)
+MODEL = Model(seq_length=97, num_layers=7)
+DENSE = 97 * 7
+STYLES = [
+    ("constant", None),
+    ("linear", None),
+    ("cosine", None),
+    ("inverse-square-root", None),
+    *(("WSD", style) for style in ("linear", "cosine", "exponential", "minus_sqrt")),
+]
+BATCHES = [6] * 10 + [12] * 10 + [5] * 30  # a ramp-up, and a change on resume
+
+
+def megatron_scheduler(unit=1, style="cosine", wsd_style=None, weight_decay="cosine", **options):
+    """Return Megatron's scheduler with lengths of `unit` steps, on an optimizer of one group."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    settings = dict(
+        init_lr=1e-5,
+        max_lr=3e-3,
+        min_lr=1e-4,
+        lr_warmup_steps=13 * unit,
+        lr_decay_steps=211 * unit,
+        lr_decay_style=style,
+        start_wd=0.01,
+        end_wd=0.1,
+        wd_incr_steps=180 * unit,
+        wd_incr_style=weight_decay,
+        use_checkpoint_opt_param_scheduler=False,
+        wsd_decay_steps=60 * unit if style == "WSD" else None,
+        lr_wsd_decay_style=wsd_style,
+    )
+    return OptimizerParamScheduler(
+        types.SimpleNamespace(param_groups=[{}]), **{**settings, **options}
+    )
+
+
+def random_ltd(config=CONFIG, model=MODEL) -> RandomLTD:
+    return RandomLTD(config, resolve(config, model))
+
+
+def rates(scheduler) -> tuple[float, float]:
+    group = scheduler.optimizer.param_groups[0]
+    return group["lr"], group["weight_decay"]
+
+
+@pytest.mark.parametrize(("style", "wsd_style"), STYLES)
+@pytest.mark.parametrize("weight_decay", ["linear", "cosine"])
+def test_equals_a_schedule_in_layer_tokens(style, wsd_style, weight_decay):
+    kept = Schedule(97, 7, 31, 3)
+    options = dict(style=style, wsd_style=wsd_style, weight_decay=weight_decay)
+    ltd = random_ltd()
+    ours = LayerTokenScheduler(megatron_scheduler(**options), ltd)
+    theirs = megatron_scheduler(unit=DENSE, **options)
+    consumed, samples, seen = 0, 0, set()
+    for step, batch in enumerate(BATCHES):
+        ltd.begin_step(step, samples)
+        ours.step(increment=batch)
+        layer_tokens = batch * (97 * 2 + 5 * kept.kept_tokens(step))
+        theirs.step(layer_tokens)
+        consumed, samples = consumed + layer_tokens, samples + batch
+        assert ours.layer_tokens == consumed
+        assert rates(ours) == pytest.approx(rates(theirs), rel=1e-13)
+        seen.add(rates(ours))
+    assert len(seen) > 20
+    assert consumed > 211 * DENSE  # past the end
+
+
+@pytest.mark.parametrize(("style", "wsd_style"), STYLES)
+def test_without_dropping_it_is_megatrons_bit_for_bit(style, wsd_style):
+    ltd = random_ltd(RandomLTDConfig(min_tokens=97, constant=True))
+    ours = LayerTokenScheduler(megatron_scheduler(style=style, wsd_style=wsd_style), ltd)
+    theirs = megatron_scheduler(style=style, wsd_style=wsd_style)
+    for step, batch in enumerate(BATCHES):
+        ltd.begin_step(step, 0)
+        ours.step(increment=batch)
+        theirs.step(increment=batch)
+        assert rates(ours) == rates(theirs)
+        state = ours.state_dict()
+        assert state.pop("layer_tokens") == theirs.num_steps * DENSE
+        assert state == theirs.state_dict()
+        assert isinstance(ours.num_steps, int)
+
+
+def test_nothing_drifts():
+    ltd = random_ltd(RandomLTDConfig(min_tokens=8, constant=True, strata=1))
+    ours = LayerTokenScheduler(megatron_scheduler(), ltd)
+    ltd.begin_step(0, 0)
+    for _ in range(50_000):
+        ours.step(increment=3)
+    consumed = 50_000 * 3 * (97 * 2 + 8 * 5)
+    assert ours.layer_tokens == consumed
+    assert ours.num_steps == float(Fraction(consumed, DENSE))
+
+
+def advanced(steps: int = 7):
+    ltd = random_ltd()
+    ours = LayerTokenScheduler(megatron_scheduler(), ltd)
+    for step in range(steps):
+        ltd.begin_step(step, 0)
+        ours.step(increment=5)
+    return ltd, ours
+
+
+def test_state_is_plain_and_exact():
+    ltd, ours = advanced()
+    state = json.loads(json.dumps(ours.state_dict()))
+    loaded = LayerTokenScheduler(megatron_scheduler(), ltd)
+    loaded.load_state_dict(state)
+    assert loaded.layer_tokens == ours.layer_tokens
+    assert rates(loaded) == rates(ours)
+    assert loaded.state_dict() == ours.state_dict()
+    ours.step(increment=5)
+    loaded.step(increment=5)
+    assert loaded.layer_tokens == ours.layer_tokens
+    assert rates(loaded) == rates(ours)
+
+
+def test_state_goes_to_plain_megatron_and_back():
+    ltd, ours = advanced()
+    vanilla = megatron_scheduler()
+    vanilla.load_state_dict(ours.state_dict())
+    assert rates(vanilla) == rates(ours)
+    vanilla.step(increment=10)
+    back = LayerTokenScheduler(megatron_scheduler(), ltd)
+    back.load_state_dict(vanilla.state_dict())
+    assert back.layer_tokens == ours.layer_tokens + 10 * DENSE
+
+
+def test_a_count_of_another_sequence_length_is_converted():
+    _, ours = advanced()
+    longer = random_ltd(model=Model(seq_length=194, num_layers=7))
+    loaded = LayerTokenScheduler(megatron_scheduler(), longer)
+    loaded.load_state_dict(ours.state_dict())
+    assert loaded.layer_tokens == 2 * ours.layer_tokens
+    assert rates(loaded) == rates(ours)
+
+
+def test_weight_decay_ends_with_the_run():
+    scheduler = megatron_scheduler()
+    scale_weight_decay(scheduler, Fraction(2, 3))
+    assert (scheduler.wd_incr_steps, type(scheduler.wd_incr_steps)) == (120, int)
+    scale_weight_decay(scheduler, Fraction(1, 7))
+    assert scheduler.wd_incr_steps == 120 / 7
+
+
+# In Megatron's loop.
+
+LR = "--layer-token-lr --start-weight-decay 0.01 --end-weight-decay 0.1"
+WD = "--weight-decay-incr-style linear"
+
+
+def expected(kept, batches, warmup, decay, weight_decay):
+    """Return learning rates and weight decays by hand; lengths in samples."""
+    import math
+
+    lrs, wds, done = [], [], Fraction(0)
+    for k, batch in zip(kept, batches, strict=True):
+        done += Fraction(batch * (2 * SEQ + 2 * k), SEQ * 4)
+        ratio = (done - warmup) / (decay - warmup)
+        if done <= warmup:
+            lrs.append(3e-3 * float(done / warmup))
+        elif ratio > 1:
+            lrs.append(1e-4)
+        else:
+            lrs.append(1e-4 + (3e-3 - 1e-4) * 0.5 * (math.cos(math.pi * ratio) + 1))
+        wds.append(0.01 + 0.09 * min(1.0, float(done / weight_decay)))
+    return lrs, wds
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run saved after half its steps, and continued without interruption."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    whole = train(f"{BASE} {LTD} {LR} {WD} --save {folder} --save-interval 3 {FORMAT}")
+    rewind(folder)
+    return folder, whole
+
+
+def test_advances_by_layer_tokens_to_the_end_of_the_run(alone):
+    _, whole = alone
+    total = sum(GLOBAL_BATCH * TOKENS.per_sample(k) for k in KEPT)
+    decay = total * STEPS // (STEPS * GLOBAL_BATCH * TOKENS.dense)  # whole iterations
+    assert whole.arguments["lr_decay_iters"] == decay < STEPS
+    lrs, wds = expected(
+        KEPT,
+        [GLOBAL_BATCH] * STEPS,
+        warmup=GLOBAL_BATCH,
+        decay=decay * GLOBAL_BATCH,
+        weight_decay=Fraction(total, TOKENS.dense),
+    )
+    assert whole.learning_rates == pytest.approx(lrs, rel=1e-12)
+    assert whole.weight_decays == pytest.approx(wds, rel=1e-12)
+    assert whole.weight_decays[-1] == 0.1
+    assert whole.learning_rates[-1] == 1e-4
+
+
+def test_without_dropping_the_loop_is_bit_identical():
+    dense = train(f"{BASE} {LR} {WD}".replace("--layer-token-lr ", ""))
+    full = f"--random-ltd --random-ltd-constant --random-ltd-min-tokens {SEQ}"
+    ours = train(f"{BASE} {LR} {WD} {full}")
+    for name in ("learning_rates", "weight_decays", "losses", "arguments"):
+        assert getattr(ours, name) == getattr(dense, name), name
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (1, ""),
+        (2, ""),
+        (2, "--pipeline-model-parallel-size 2"),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    ],
+)
+def test_resume_is_exact_on_any_layout(alone, world_size, flags):
+    folder, whole = alone
+    resumed = train(f"{BASE} {LTD} {LR} {WD} --load {folder} {FORMAT} {flags}", world_size)
+    assert resumed.learning_rates == whole.learning_rates[3:]
+    assert resumed.weight_decays == whole.weight_decays[3:]
+    assert resumed.layer_tokens == whole.layer_tokens
+
+
+def test_changing_how_it_advances_is_an_error(alone, tmp_path):
+    folder, _ = alone
+    plain = f"{LR} {WD}".replace("--layer-token-lr", "")
+    with pytest.raises(AssertionError, match="was trained with --layer-token-lr: add it"):
+        train(f"{BASE} {LTD} {plain} --load {folder} {FORMAT}")
+    resumed = train(f"{BASE} {LTD} {plain} --load {folder} {FORMAT} --override-opt-param-scheduler")
+    assert len(resumed.learning_rates) == 3
+    assert resumed.learning_rates[-1] > 1e-4  # Megatron counts samples from there on
+
+
+def test_a_vanilla_checkpoint_counts_its_samples(tmp_path):
+    plain = f"{BASE} {LR} {WD} --lr-decay-iters 5".replace("--layer-token-lr", "")
+    train(f"{plain} --save {tmp_path} --save-interval 3 --exit-interval 3 {FORMAT}")
+    more = "--override-opt-param-scheduler"
+    ours = train(f"{BASE} {LTD} {LR} --lr-decay-iters 5 {WD} --load {tmp_path} {FORMAT} {more}")
+    done = [3 * GLOBAL_BATCH * TOKENS.dense]
+    for k in KEPT[3:]:
+        done.append(done[-1] + GLOBAL_BATCH * TOKENS.per_sample(k))
+    assert ours.layer_tokens == done[-1]
+    scheduler = megatron_scheduler(
+        init_lr=0.0, lr_warmup_steps=GLOBAL_BATCH, lr_decay_steps=5 * GLOBAL_BATCH
+    )
+    for tokens, rate in zip(done[1:], ours.learning_rates, strict=True):
+        scheduler.num_steps = tokens / TOKENS.dense
+        scheduler.step(0)
+        assert rates(scheduler)[0] == rate
+    assert "was trained without it" in ours.output
