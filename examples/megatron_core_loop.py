@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 4 examples/megatron_core_loop.py \
         --tensor-parallel 2 --pipeline-parallel 2
 
-Three calls are random-LTD's: `attach`, `begin_step` and `end_step`. Everything else is a plain
-megatron-core loop over the bytes of a text file.
+Three calls are random-LTD's: `attach`, `begin_step` and `end_step`; `LayerTokenScheduler` lets the
+learning rate follow LayerTokens. Everything else is a plain megatron-core loop over the bytes of a
+text file.
 
 Shapes: b micro batch, s sequence length.
 """
@@ -15,10 +16,11 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_rltd import RandomLTD, RandomLTDConfig, cpu
+from megatron_rltd import LayerTokenScheduler, RandomLTD, RandomLTDConfig, cpu
 
 if cpu.is_needed():
     cpu.enable()  # before Megatron is imported
@@ -32,6 +34,7 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
@@ -94,16 +97,41 @@ def forward_step(data_iterator: Iterator[torch.Tensor], model: torch.nn.Module) 
     return losses, mean
 
 
+def learning_rate(optimizer: Any, random_ltd: RandomLTD, steps: int) -> LayerTokenScheduler:
+    """Return a schedule that has warmed up after a tenth of a run's LayerTokens and ends with it.
+
+    Lengths are in samples of which nothing is dropped.
+    """
+    counted = random_ltd.resolved.layer_tokens
+    samples = counted.after(steps, GLOBAL_BATCH).layer_tokens // counted.dense
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=2e-3,
+        min_lr=1e-5,
+        lr_warmup_steps=samples // 10,
+        lr_decay_steps=samples,
+        lr_decay_style="cosine",
+        start_wd=0.01,
+        end_wd=0.01,
+        wd_incr_steps=samples,
+        wd_incr_style="constant",
+    )
+    return LayerTokenScheduler(scheduler, random_ltd)
+
+
 def train(args: argparse.Namespace) -> list[float]:
     """Return the training losses of all steps on the last pipeline stage, elsewhere nothing."""
     text = TEXT.read_bytes()
     model = build(args)
-    optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-3, clip_grad=1.0), [model])
+    settings = OptimizerConfig(lr=2e-3, min_lr=1e-5, clip_grad=1.0)
+    optimizer = get_megatron_optimizer(settings, [model])
     # Strata: the same tokens on every layout of up to 4-way tensor parallelism.
     config = RandomLTDConfig(
         min_tokens=32, ramp_iters=max(1, args.steps * 7 // 10), increment=32, strata=4
     )
     random_ltd = RandomLTD(config).attach(model)
+    scheduler = learning_rate(optimizer, random_ltd, args.steps)
     forward_backward = get_forward_backward_func()
     replicas = parallel_state.get_data_parallel_world_size()
     history = []
@@ -123,6 +151,7 @@ def train(args: argparse.Namespace) -> list[float]:
         )
         random_ltd.end_step()
         optimizer.step()
+        scheduler.step(increment=GLOBAL_BATCH)
         if losses:
             loss = torch.stack([each["loss"] for each in losses]).mean()
             torch.distributed.all_reduce(
@@ -132,8 +161,12 @@ def train(args: argparse.Namespace) -> list[float]:
             if parallel_state.get_data_parallel_rank() == 0 and (
                 parallel_state.get_tensor_model_parallel_rank() == 0
             ):
-                kept = random_ltd.kept_tokens
-                print(f"step {step + 1:3}  loss {history[-1]:.4f}  kept tokens {kept}", flush=True)
+                kept, rate = random_ltd.kept_tokens, optimizer.param_groups[0]["lr"]
+                print(
+                    f"step {step + 1:3}  loss {history[-1]:.4f}  kept tokens {kept}  "
+                    f"learning rate {rate:.2e}",
+                    flush=True,
+                )
     return history
 
 

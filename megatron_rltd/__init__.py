@@ -13,6 +13,8 @@ _PUBLIC = {
     "RandomLTD": "random_ltd",
     "RandomLTDConfig": "config",
     "ConfigError": "config",
+    "LayerTokenScheduler": "learning_rate",
+    "LayerTokens": "schedule",
     "Schedule": "schedule",
     "add_arguments": "config",
     "gather_tokens": "ops",

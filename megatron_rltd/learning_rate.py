@@ -30,6 +30,8 @@ class LayerTokenScheduler:
         random_ltd: Whose current kept length counts.
         layer_tokens: By how many LayerTokens the schedule has advanced, an exact integer. Less than
             the run consumed if the optimizer skipped steps, as in Megatron.
+        left_open: Names of settings that a state to be loaded decides. Megatron refuses a state
+            with other settings than the scheduler's.
     """
 
     def __init__(self, scheduler: Any, random_ltd: RandomLTD):
@@ -42,6 +44,7 @@ class LayerTokenScheduler:
         self._scheduler = scheduler
         self.random_ltd = random_ltd
         self.layer_tokens = 0
+        self.left_open: tuple[str, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._scheduler, name)
@@ -59,7 +62,13 @@ class LayerTokenScheduler:
         return {**self._scheduler.state_dict(), LAYER_TOKENS: self.layer_tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or, counted at full length, of plain Megatron."""
+        """Load a state of this class or, counted at full length, of plain Megatron.
+
+        Raises:
+            AssertionError: Megatron's, for other settings than in the state.
+        """
+        for name in self.left_open:
+            setattr(self._scheduler, name, state_dict[name])
         self._scheduler.load_state_dict(state_dict)
         steps, dense = self._scheduler.num_steps, self.random_ltd.resolved.layer_tokens.dense
         saved = state_dict.get(LAYER_TOKENS)
@@ -68,17 +77,16 @@ class LayerTokenScheduler:
         self.layer_tokens = saved
 
 
-def scale_weight_decay(scheduler: Any, share: Fraction) -> None:
+def end_weight_decay_with_run(scheduler: Any, share: Fraction) -> None:
     """Let the weight decay reach its end with the run.
+
+    Megatron has it grow over the samples of the run, for which there is no flag.
 
     Args:
         share: The LayerTokens of the run in those of a dense one on the same samples.
-
-    Megatron has it grow over the samples of the run, for which there is no flag.
     """
-    scheduler.wd_incr_steps = _quotient(
-        scheduler.wd_incr_steps * share.numerator, share.denominator
-    )
+    total = scheduler.wd_incr_steps * share.numerator
+    scheduler.wd_incr_steps = _quotient(total, share.denominator)
 
 
 def _quotient(dividend: int, divisor: int) -> int | float:

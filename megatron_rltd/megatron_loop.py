@@ -23,7 +23,7 @@ from megatron_rltd.config import (
     options_in_force,
     resolve,
 )
-from megatron_rltd.learning_rate import LayerTokenScheduler, scale_weight_decay
+from megatron_rltd.learning_rate import LayerTokenScheduler, end_weight_decay_with_run
 from megatron_rltd.preflight import arguments_with_preflight
 from megatron_rltd.random_ltd import RandomLTD
 from megatron_rltd.refusals import validate
@@ -34,6 +34,7 @@ _DENSE = "random_ltd_dense_layer_tokens"  # what they were if nothing had been d
 
 _random_ltd: RandomLTD | None = None
 _scheduler: LayerTokenScheduler | None = None
+_left_open: tuple[str, ...] = ()
 _flops = metrics.FlopsSinceLog()
 _preflight_due = False
 
@@ -44,14 +45,14 @@ def start(args: Any) -> None:
     Raises:
         ConfigError: A flag is wrong, or combined with a feature that random-LTD refuses.
     """
-    global _random_ltd, _scheduler, _flops, _preflight_due
+    global _random_ltd, _scheduler, _left_open, _flops, _preflight_due
     _random_ltd = _scheduler = None
     _flops = metrics.FlopsSinceLog()
     if not args.random_ltd:
         _refuse_without_random_ltd(args)
         return
     resolved = validate(args)
-    run_length.set_length(args, resolved)
+    _left_open = run_length.set_length(args, resolved)
     _use(RandomLTD(config_from_args(args), resolved), args)
     _set_consumed(args, 0, 0)
     _preflight_due = args.random_ltd_preflight
@@ -116,7 +117,9 @@ def layer_token_scheduler(scheduler: Any) -> Any:
     if _random_ltd is None or not get_args().layer_token_lr:
         return scheduler
     args = get_args()
-    scale_weight_decay(scheduler, run_length.share_of_dense(args, _random_ltd.resolved))
+    if args.weight_decay_incr_style != "constant":
+        share = run_length.share_of_dense(args, _random_ltd.resolved)
+        end_weight_decay_with_run(scheduler, share)
     _scheduler = LayerTokenScheduler(scheduler, _random_ltd)
     return _scheduler
 
@@ -169,6 +172,8 @@ def resume(checkpoint_args: Any) -> None:
         getattr(checkpoint_args, _DENSE, dense),
     )
     _check_learning_rate(args, checkpoint_args)
+    if _scheduler is not None and run_length.is_the_same(args, checkpoint_args):
+        _scheduler.left_open = _left_open
     if not getattr(checkpoint_args, "random_ltd", False):
         print_rank_0(
             f"random-LTD: the checkpoint was trained without it; its {samples} samples count as "

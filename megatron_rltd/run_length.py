@@ -16,7 +16,7 @@ _IN_ITERATIONS = ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters")
 _IN_SAMPLES = ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples")
 
 
-def set_length(args: Any, resolved: Resolved) -> None:
+def set_length(args: Any, resolved: Resolved) -> tuple[str, ...]:
     """Set the iterations or samples of a run and, under ``--layer-token-lr``, its decay.
 
     Iterations if the learning rate or the length is given in them, else samples.
@@ -24,17 +24,37 @@ def set_length(args: Any, resolved: Resolved) -> None:
     Args:
         args: Megatron's validated arguments.
 
+    Returns:
+        The settings of Megatron's scheduler that follow from the run's LayerTokens. With another
+        batch size they would be others, so a run that goes on takes its checkpoint's.
+
     Raises:
         ConfigError: The budget contradicts another argument, or the schedule of the learning rate
             does not fit in.
     """
-    problems = []
+    problems: list[str] = []
+    follow: list[str] = []
     if args.train_layer_tokens is not None:
         problems += _set_budget(args, resolved)
     if args.layer_token_lr and not problems and (args.train_iters or args.train_samples):
+        if args.lr_decay_iters is None and args.lr_decay_samples is None:
+            follow.append("lr_decay_steps")
+        if args.weight_decay_incr_style != "constant":
+            follow.append("wd_incr_steps")
         problems += _set_decay(args, resolved)
     if problems:
         raise ConfigError(problems)
+    return tuple(follow)
+
+
+def is_the_same(args: Any, checkpoint_args: Any) -> bool:
+    """Return whether a checkpoint is of a run that was given the same length and learning rate."""
+    if args.train_layer_tokens is not None:
+        given = ["train_layer_tokens"]
+    else:
+        given = ["train_iters" if args.train_samples is None else "train_samples"]
+    given.append("layer_token_lr")
+    return all(getattr(args, name) == getattr(checkpoint_args, name, None) for name in given)
 
 
 def _set_budget(args: Any, resolved: Resolved) -> list[str]:

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from megatron_rltd.config import Model, RandomLTDConfig, resolve
-from megatron_rltd.learning_rate import LayerTokenScheduler, scale_weight_decay
+from megatron_rltd.learning_rate import LayerTokenScheduler, end_weight_decay_with_run
 from megatron_rltd.random_ltd import RandomLTD
 from megatron_rltd.schedule import Schedule
 from tests.parallel import train
@@ -154,9 +154,9 @@ def test_a_count_of_another_sequence_length_is_converted():
 
 def test_weight_decay_ends_with_the_run():
     scheduler = megatron_scheduler()
-    scale_weight_decay(scheduler, Fraction(2, 3))
+    end_weight_decay_with_run(scheduler, Fraction(2, 3))
     assert (scheduler.wd_incr_steps, type(scheduler.wd_incr_steps)) == (120, int)
-    scale_weight_decay(scheduler, Fraction(1, 7))
+    end_weight_decay_with_run(scheduler, Fraction(1, 7))
     assert scheduler.wd_incr_steps == 120 / 7
 
 
@@ -244,6 +244,35 @@ def test_changing_how_it_advances_is_an_error(alone, tmp_path):
     resumed = train(f"{BASE} {LTD} {plain} --load {folder} {FORMAT} --override-opt-param-scheduler")
     assert len(resumed.learning_rates) == 3
     assert resumed.learning_rates[-1] > 1e-4  # Megatron counts samples from there on
+
+
+@pytest.mark.parametrize("ramp", ["--random-ltd-ramp-iters 9", "--random-ltd-ramp-samples 72"])
+@pytest.mark.parametrize("batch", [4, 12])
+def test_another_batch_size_goes_on_along_the_same_schedule(tmp_path, ramp, batch):
+    options = f"{BASE} {LTD} {LR} {WD} {FORMAT}".replace("--random-ltd-ramp-iters 9", ramp)
+    options = options.replace(f"--train-iters {STEPS}", "--train-samples 48")
+    options = options.replace("--lr-warmup-iters 1", "--lr-warmup-samples 8")
+    first = train(f"{options} --save {tmp_path} --save-interval 3")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    line = f"{options} --load {tmp_path}".replace("--global-batch-size 8", "")
+    more = train(f"{line} --global-batch-size {batch}")
+    kept = [first.kept[i] for i in range(3)] + more.kept
+    # Megatron ends after 48 / batch iterations, whatever the batch was before.
+    batches = [8, 8, 8] + [batch] * (48 // batch - 3)
+    positions = list(range(len(batches)))
+    if "samples" in ramp:
+        positions = [sum(batches[:i]) for i in positions]
+    length = 9 if "iters" in ramp else 72
+    assert kept == [Schedule(SEQ, 16, length, 8).kept_tokens(p) for p in positions]
+    planned = Fraction(first.layer_tokens, TOKENS.dense)
+    lrs, wds = expected(
+        [int(k) for k in kept], batches, warmup=8, decay=int(planned), weight_decay=planned
+    )
+    assert more.learning_rates == pytest.approx(lrs[3:], rel=1e-12)
+    assert more.weight_decays == pytest.approx(wds[3:], rel=1e-12)
+    # A run that is made longer has to say what its schedule is to be, as in Megatron.
+    with pytest.raises(AssertionError, match="do not match"):
+        train(f"{line} --global-batch-size {batch}".replace("samples 48", "samples 96"))
 
 
 def test_a_vanilla_checkpoint_counts_its_samples(tmp_path):
