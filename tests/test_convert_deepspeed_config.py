@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rltd.config import Model, RandomLTDConfig, resolve
-from megatron_rltd.schedule import consumed_layer_tokens
+from megatron_rltd.schedule import LayerTokens
 from tests.deepspeed_recipes import (
     FULL,
     GPT2,
@@ -74,7 +74,7 @@ def test_logs_of_gpt2_finetuning(config, layers, log):
 def test_log_of_vit_finetuning():
     options, _ = parse(convert(VIT).flags)
     schedule = resolve(options, Model(197, 12)).schedule
-    assert consumed_layer_tokens(schedule, 5474, 32, 12, 10) == 305_784_192
+    assert LayerTokens(schedule, 12, 10).after(5474, 32).layer_tokens == 305_784_192
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,7 @@ from fractions import Fraction
 
 from deepspeed_launch import ConversionError, Launch
 
-from megatron_rltd.schedule import (
-    Schedule,
-    consumed_layer_tokens,
-    layer_tokens,
-    steps_for_layer_tokens,
-)
+from megatron_rltd.schedule import LayerTokens, Schedule
 
 
 @dataclass
@@ -56,6 +51,11 @@ class Run:
     num_dropped: int
     batch_size: int | None
 
+    @property
+    def layer_tokens(self) -> LayerTokens:
+        """What an iteration consumes."""
+        return LayerTokens(self.schedule, self.num_layers, self.num_dropped)
+
     def samples(self, iterations: int, flag: str) -> int:
         """Return the samples of a flag's iterations."""
         if self.batch_size is None:
@@ -67,9 +67,10 @@ class Run:
     def steps(self, budget: int) -> int:
         """Return the iterations that --train-layer-tokens takes."""
         total, batch = budget * self.num_layers, self.samples(1, "--train-tokens")
-        return steps_for_layer_tokens(
-            self.schedule, total, batch, self.num_layers, self.num_dropped
+        end = self.layer_tokens.until(
+            lambda progress: progress.layer_tokens >= total, lambda samples: batch
         )
+        return end.iteration
 
     def deepspeed_steps(self, budget: int) -> int:
         """Return the iterations that Megatron-DeepSpeed's --train-tokens takes.
@@ -83,7 +84,7 @@ class Run:
         for (start, kept), end in zip(levels, ends, strict=True):
             if kept < s and self.schedule.ramp_length:
                 kept -= kept % self.schedule.increment
-            average = layer_tokens(s, kept, self.num_layers, self.num_dropped) // self.num_layers
+            average = self.layer_tokens.per_sample(kept) // self.num_layers
             tokens = batch * max(average, 1)  # lengths below the minimum may be 0
             needed = -(-(budget - consumed) // tokens)
             if needed <= end - start:
@@ -164,10 +165,8 @@ def convert_learning_rate(launch: Launch, run: Run, result: Conversion) -> None:
         if iterations:
             # The warm-up ends at the same iteration: what the layers have processed until then.
             batch = run.samples(1, "--lr-warmup-iters")
-            tokens = consumed_layer_tokens(
-                run.schedule, iterations, batch, run.num_layers, run.num_dropped
-            )
-            warmup = Fraction(tokens, run.num_layers)
+            end = run.layer_tokens.after(iterations, batch)
+            warmup = Fraction(end.layer_tokens, run.num_layers)
     result.add("--layer-token-lr")
     for name, value in (("warmup", warmup), ("decay", decay)):
         if value is None:
