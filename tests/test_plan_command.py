@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,19 @@ def command(line: str | list[str]) -> tuple[int, str]:
     return result["value"], result["output"]
 
 
+def test_as_its_users_call_it(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "plan_run.py"), "--", *f"{BASE} {LTD}".split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (0, result.stdout) == command(f"-- {BASE} {LTD}")
+    assert not list(tmp_path.iterdir())
+
+
 def test_json_says_what_the_table_says():
     status, text = command(f"--tflops 100 -- {BASE} {LTD}")
     assert status == 0
@@ -43,7 +58,12 @@ def test_json_says_what_the_table_says():
     assert "WARNING: the run ends while 40 of 64 tokens are kept" in text
     assert numbers["kept_tokens"]["nothing_dropped_from"] is None
     assert numbers["kept_tokens"]["from_iteration"] == [[0, 16], [2, 24], [3, 32], [5, 40]]
-    for point in numbers["learning_rate"]["points"].values():
+    rate = numbers["learning_rate"]
+    assert rate["warmup_over"]["iteration"] == 1 == rate["points"]["first step"]["iteration"]
+    assert rate["warmup_over"]["learning_rate"] == 3e-3 == rate["maximum"]
+    assert rate["minimum_reached"]["iteration"] == 6
+    assert rate["minimum_reached"]["learning_rate"] == 1e-4 == rate["minimum"]
+    for point in rate["points"].values():
         assert f"{point['learning_rate']:.4e}" in text
 
 

@@ -149,6 +149,8 @@ RUNS = {
     "--layer-token-lr".replace("cosine", "constant"),
     "batch made smaller": f"{BASE} {LTD} --layer-token-lr --decrease-batch-size-if-needed "
     f"--global-batch-size 9 {EVALUATION}",
+    "budget, batch made smaller": f"{IN_SAMPLES} {LTD} {BY_TOKENS} --decrease-batch-size-if-needed "
+    f"--global-batch-size 9 {EVALUATION}",
 }
 
 
@@ -193,6 +195,13 @@ def test_the_dense_runs_of_a_plan_are_runs():
     same = numbers["runs"]["same_layer_tokens"]
     assert same["samples"] == -(-total // (4 * SEQ)) // 8 * 8
     assert same["layer_tokens"] == same["samples"] * SEQ * 4
+
+
+def test_a_dense_run_on_the_same_samples_has_the_same_flags():
+    line = RUNS["incomplete last batch"]
+    ours = train(line.replace(LTD, ""))
+    assert len(ours.losses) == 6
+    assert plan_of(line)["dense_rates"] == ours.learning_rates
 
 
 # Without going through the steps.
