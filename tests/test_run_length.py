@@ -97,6 +97,16 @@ def test_another_batch_size_from_the_middle(tmp_path, ramp, batch, world_size):
     assert first.arguments["lr_decay_samples"] == resumed.arguments["lr_decay_samples"]
 
 
+@pytest.mark.skipif(versions.release() < (0, 19), reason="a flag of Megatron 0.19")
+def test_a_run_that_is_rewound_counts_from_its_schedule(tmp_path):
+    line = f"{BASE} {OPTIONS} {IN_ITERS} --global-batch-size 8 --train-layer-tokens {BUDGET}"
+    whole = train(f"{line} {FORMAT} --save {tmp_path} --save-interval 5")
+    rewind_to(tmp_path, 5)
+    again = train(f"{line} {FORMAT} --load {tmp_path} --override-ckpt-iteration 2")
+    assert again.kept == whole.kept[2:]
+    assert again.layer_tokens == whole.layer_tokens
+
+
 def test_a_budget_that_is_used_up_trains_no_further(tmp_path):
     line = f"{BASE} {OPTIONS} {IN_ITERS} --global-batch-size 8 {FORMAT} --lr-decay-samples 40"
     whole = train(f"{line} --train-layer-tokens {BUDGET} --save {tmp_path} --save-interval 100")
