@@ -139,7 +139,10 @@ def continue_run() -> None:
     here = Progress(args.iteration, samples, checkpoint.consumed(args)[0])
     if args.train_layer_tokens is not None:
         end = run_length.end_of_budget(args, resolved, here)
-        args.train_iters, args.train_samples = end.iteration, end.samples
+        args.train_iters = end.iteration
+        # The size of the data set, which Megatron else takes to be the iterations' at this batch.
+        if args.train_samples or end.samples > end.iteration * args.global_batch_size:
+            args.train_samples = end.samples
         print_rank_0(
             f"random-LTD: --train-layer-tokens {args.train_layer_tokens} ends the run after "
             f"{end.iteration} iterations and {end.samples} samples, of which it has done "

@@ -378,7 +378,7 @@ def _train_with_failures(arguments: list[str], skipped: int, exits: int):
 
         return wrapper
 
-    optimizer.FP32Optimizer.step = prepared(optimizer.FP32Optimizer.step)
+    optimizer.ChainedOptimizer.step = prepared(optimizer.ChainedOptimizer.step)
     machine = rerun_state_machine.RerunStateMachine
     machine.should_checkpoint_and_exit = asked(machine.should_checkpoint_and_exit)
     return train_on_this_rank("pretrain_gpt", arguments)

@@ -78,7 +78,7 @@ def make_plan(flags: list[str], gpus: int | None = None, dense_tokens: int | Non
         resolved = random_ltd.resolved if random_ltd else None
         scheduler = _make_scheduler(args)
         args.iteration = 0  # as where Megatron finds no checkpoint
-        megatron_loop.set_remaining_length()
+        megatron_loop.continue_run()
     run = _run(args, resolved, lambda: scheduler)
     with refusals():
         _check_batch_sizes(run)
@@ -198,7 +198,7 @@ def _dense_run(args: Any, decay: dict[str, int | None], iterations: int) -> Run:
             return _make_scheduler(other)
 
     other = copy.copy(args)
-    vars(other).update(decay, layer_token_lr=False, train_iters=iterations)
+    vars(other).update(decay, layer_token_lr=False, train_layer_tokens=None, train_iters=iterations)
     run = _run(other, None, make_scheduler)
     if args.train_samples and iterations != args.train_iters:
         other.train_samples = run.end.samples
