@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_rltd import layer as dropped_layer
-from megatron_rltd import ops, sampling, versions
+from megatron_rltd import ops, versions
 from megatron_rltd.block import check_layers, plan_recomputation, plan_run_ends
 from megatron_rltd.config import ConfigError, Model, RandomLTDConfig, Resolved, resolve
 from megatron_rltd.layer import KeptTokens, MicroBatch
@@ -219,7 +219,7 @@ class RandomLTD:
                 "constant length is attach(seq_length=...)"
             )
         device = hidden_states.device
-        positions = sampling.kept_indices(
+        positions = ops.sample(
             self.resolved.seed,
             _on_device(tuple(dropped), device),
             self._samples(block, samples, device),
