@@ -5,13 +5,12 @@ on Megatron's ``args``, which every checkpoint holds. One `RandomLTD` per proces
 arguments are valid.
 """
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from megatron_rltd import metrics, run_length
+from megatron_rltd import checkpoint, metrics, run_length
 from megatron_rltd.config import (
     FIELDS,
     FLAG_PREFIX,
@@ -20,7 +19,6 @@ from megatron_rltd.config import (
     config_from_args,
     flag,
     model_from_args,
-    options_in_force,
     resolve,
 )
 from megatron_rltd.learning_rate import LayerTokenScheduler, end_weight_decay_with_run
@@ -28,9 +26,6 @@ from megatron_rltd.preflight import arguments_with_preflight
 from megatron_rltd.random_ltd import RandomLTD
 from megatron_rltd.refusals import validate
 from megatron_rltd.schedule import Progress
-
-_LAYER_TOKENS = "random_ltd_layer_tokens"
-_DENSE = "random_ltd_dense_layer_tokens"  # what they were if nothing had been dropped
 
 _random_ltd: RandomLTD | None = None
 _scheduler: LayerTokenScheduler | None = None
@@ -54,7 +49,7 @@ def start(args: Any) -> None:
     resolved = validate(args)
     _left_open = run_length.set_length(args, resolved)
     _use(RandomLTD(config_from_args(args), resolved), args)
-    _set_consumed(args, 0, 0)
+    checkpoint.set_consumed(args, 0, 0)
     _preflight_due = args.random_ltd_preflight
 
 
@@ -73,11 +68,6 @@ def _refuse_without_random_ltd(args: Any) -> None:
         )
     if problems:
         raise ConfigError(problems)
-
-
-def _set_consumed(args: Any, layer_tokens: int, dense: int) -> None:
-    setattr(args, _LAYER_TOKENS, layer_tokens)
-    setattr(args, _DENSE, dense)
 
 
 def _use(random_ltd: RandomLTD, args: Any) -> None:
@@ -136,7 +126,7 @@ def set_remaining_length() -> None:
     args = get_args()
     # What Megatron, which runs later, makes of a checkpoint without a count of samples.
     samples = args.consumed_train_samples or args.iteration * args.global_batch_size
-    here = Progress(args.iteration, samples, getattr(args, _LAYER_TOKENS))
+    here = Progress(args.iteration, samples, checkpoint.consumed(args)[0])
     end = run_length.end_of_budget(args, _random_ltd.resolved, here)
     args.train_iters = end.iteration
     if args.train_samples:
@@ -163,15 +153,11 @@ def resume(checkpoint_args: Any) -> None:
 
     if _random_ltd is None:
         return
-    args, model = get_args(), _random_ltd.resolved.model
+    args = get_args()
     samples = getattr(checkpoint_args, "consumed_train_samples", 0)
     dense = samples * _random_ltd.resolved.layer_tokens.dense
-    _set_consumed(
-        args,
-        getattr(checkpoint_args, _LAYER_TOKENS, dense),
-        getattr(checkpoint_args, _DENSE, dense),
-    )
-    _check_learning_rate(args, checkpoint_args)
+    checkpoint.set_consumed(args, *checkpoint.consumed(checkpoint_args, dense))
+    checkpoint.check_learning_rate(checkpoint_args, args)
     if _scheduler is not None and run_length.is_the_same(args, checkpoint_args):
         _scheduler.left_open = _left_open
     if not getattr(checkpoint_args, "random_ltd", False):
@@ -180,28 +166,8 @@ def resume(checkpoint_args: Any) -> None:
             f"{dense} LayerTokens, and the schedule continues from its iteration and samples"
         )
         return
-    asked, saved = _random_ltd.config, config_from_args(checkpoint_args)
-    ours, theirs = (options_in_force(c, model.num_layers) for c in (asked, saved))
-    # Left open on the command line: the checkpoint's value is the one to continue with.
-    left_open = [name for name, value in (("strata", 0), ("seed", None)) if ours[name] == value]
-    differing = [n for n in FIELDS if n not in left_open and ours.get(n) != theirs.get(n)]
-    if differing and args.override_opt_param_scheduler:
-        print_rank_0(f"random-LTD: the command line overrides {_listed(differing, saved, asked)}")
-        chosen = asked
-    elif differing and not args.use_checkpoint_opt_param_scheduler:
-        raise ConfigError(
-            [
-                f"the checkpoint was trained with other options: "
-                f"{_listed(differing, saved, asked)}; give the checkpoint's, or add "
-                "--override-opt-param-scheduler to use the command line's or "
-                "--use-checkpoint-opt-param-scheduler to use the checkpoint's"
-            ]
-        )
-    else:
-        chosen = saved
-    taken = {name: getattr(saved, name) for name in left_open}
-    free = {name: getattr(asked, name) for name in ("backend", "preflight")}
-    config = dataclasses.replace(chosen, **taken, **free)
+    asked = _random_ltd.config
+    config = checkpoint.continued_config(asked, checkpoint_args, args)
     for name in FIELDS:
         setattr(args, FLAG_PREFIX + name, getattr(config, name))
     resolved = resolve(config, model_from_args(args))
@@ -209,28 +175,7 @@ def resume(checkpoint_args: Any) -> None:
     rewound = getattr(args, "override_ckpt_iteration", None)
     if rewound is not None:
         end = run_length.after_iterations(args, resolved, rewound)
-        _set_consumed(args, end.layer_tokens, end.samples * resolved.layer_tokens.dense)
-
-
-def _check_learning_rate(args: Any, checkpoint_args: Any) -> None:
-    saved = getattr(checkpoint_args, "layer_token_lr", False)
-    # In a dense checkpoint both count the same.
-    if not getattr(checkpoint_args, "random_ltd", False) or saved == args.layer_token_lr:
-        return
-    if not args.override_opt_param_scheduler:
-        raise ConfigError(
-            [
-                f"the checkpoint was trained {'with' if saved else 'without'} --layer-token-lr: "
-                f"{'add it' if saved else 'leave it away'}, or add --override-opt-param-scheduler "
-                "to change how the learning rate advances from here"
-            ]
-        )
-
-
-def _listed(names: list[str], saved: RandomLTDConfig, asked: RandomLTDConfig) -> str:
-    return ", ".join(
-        f"{flag(n)} {getattr(asked, n)} (checkpoint: {getattr(saved, n)})" for n in names
-    )
+        checkpoint.set_consumed(args, end.layer_tokens, end.samples * resolved.layer_tokens.dense)
 
 
 def train_step(original: Callable, *call: Any, **kwargs: Any) -> Any:
@@ -264,11 +209,9 @@ def train_step(original: Callable, *call: Any, **kwargs: Any) -> Any:
         kept = _random_ltd.kept_tokens
         samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
         counted = _random_ltd.resolved.layer_tokens
-        _set_consumed(
-            args,
-            getattr(args, _LAYER_TOKENS) + samples * counted.per_sample(kept),
-            getattr(args, _DENSE) + samples * counted.dense,
-        )
+        tokens, dense = checkpoint.consumed(args)
+        tokens += samples * counted.per_sample(kept)
+        checkpoint.set_consumed(args, tokens, dense + samples * counted.dense)
         metrics.add_kept_tokens(losses, kept)
         _flops.begin_step()
     return result
@@ -285,8 +228,8 @@ def training_log(original: Callable, *call: Any, **kwargs: Any) -> Any:
     if _random_ltd is not None:
         args = get_args()
         bound = inspect.signature(original).bind(*call, **kwargs).arguments
-        tokens = getattr(args, _LAYER_TOKENS)
-        share = tokens / getattr(args, _DENSE)
+        tokens, dense = checkpoint.consumed(args)
+        share = tokens / dense
         metrics.add_to_log_line(bound["total_loss_dict"], bound["skipped_iter"], tokens, share)
         metrics.write_scalars(
             bound["loss_dict"], bound["learning_rate"], bound["iteration"], tokens, share

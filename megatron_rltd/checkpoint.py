@@ -1,0 +1,93 @@
+"""What a checkpoint says of a run, and whether a command line continues that run.
+
+All of it stands on Megatron's ``args``, which every checkpoint holds whole: the options, and the
+LayerTokens consumed as plain integers.
+"""
+
+import dataclasses
+from typing import Any
+
+from megatron_rltd.config import (
+    FIELDS,
+    ConfigError,
+    RandomLTDConfig,
+    config_from_args,
+    flag,
+    options_in_force,
+)
+
+_LAYER_TOKENS = "random_ltd_layer_tokens"
+_DENSE = "random_ltd_dense_layer_tokens"
+
+
+def consumed(args: Any, otherwise: int = 0) -> tuple[int, int]:
+    """Return the LayerTokens consumed, and what they were if nothing had been dropped.
+
+    Args:
+        args: Megatron's arguments, of this run or of a checkpoint.
+        otherwise: What they are if the arguments do not say.
+    """
+    return getattr(args, _LAYER_TOKENS, otherwise), getattr(args, _DENSE, otherwise)
+
+
+def set_consumed(args: Any, layer_tokens: int, dense: int) -> None:
+    """Set the LayerTokens consumed."""
+    setattr(args, _LAYER_TOKENS, layer_tokens)
+    setattr(args, _DENSE, dense)
+
+
+def continued_config(asked: RandomLTDConfig, checkpoint_args: Any, args: Any) -> RandomLTDConfig:
+    """Return the config to continue a random-LTD checkpoint with.
+
+    Megatron's convention for the learning rate decides disagreements: with
+    ``--override-opt-param-scheduler`` the command line wins, with
+    ``--use-checkpoint-opt-param-scheduler`` the checkpoint, without either they are an error.
+
+    Raises:
+        ConfigError: The checkpoint was trained with other options.
+    """
+    from megatron.training import print_rank_0
+
+    saved = config_from_args(checkpoint_args)
+    ours, theirs = (options_in_force(config, args.num_layers) for config in (asked, saved))
+    # Left open on the command line: the checkpoint's value is the one to continue with.
+    left_open = [name for name, value in (("strata", 0), ("seed", None)) if ours[name] == value]
+    differing = [n for n in FIELDS if n not in left_open and ours.get(n) != theirs.get(n)]
+    listed = ", ".join(
+        f"{flag(n)} {getattr(asked, n)} (checkpoint: {getattr(saved, n)})" for n in differing
+    )
+    chosen = saved
+    if differing and args.override_opt_param_scheduler:
+        print_rank_0(f"random-LTD: the command line overrides {listed}")
+        chosen = asked
+    elif differing and not args.use_checkpoint_opt_param_scheduler:
+        raise ConfigError(
+            [
+                f"the checkpoint was trained with other options: {listed}; give the checkpoint's, "
+                "or add --override-opt-param-scheduler to use the command line's or "
+                "--use-checkpoint-opt-param-scheduler to use the checkpoint's"
+            ]
+        )
+    taken = {name: getattr(saved, name) for name in left_open}
+    free = {name: getattr(asked, name) for name in ("backend", "preflight")}
+    return dataclasses.replace(chosen, **taken, **free)
+
+
+def check_learning_rate(checkpoint_args: Any, args: Any) -> None:
+    """Check that the learning rate goes on as it did.
+
+    Raises:
+        ConfigError: It followed LayerTokens and now samples, or the other way round.
+    """
+    saved = getattr(checkpoint_args, "layer_token_lr", False)
+    # In a dense checkpoint both count the same.
+    if not getattr(checkpoint_args, "random_ltd", False) or saved == args.layer_token_lr:
+        return
+    if not args.override_opt_param_scheduler:
+        raise ConfigError(
+            [
+                f"the checkpoint was trained {'with' if saved else 'without'} --layer-token-lr: "
+                f"{'add it' if saved else 'leave it away'}, or add --override-opt-param-scheduler "
+                "to change how the learning rate advances from here"
+            ]
+        )
