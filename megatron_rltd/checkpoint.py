@@ -18,6 +18,7 @@ from megatron_rltd.config import (
 
 _LAYER_TOKENS = "random_ltd_layer_tokens"
 _DENSE = "random_ltd_dense_layer_tokens"
+_SCHEDULER = "random_ltd_scheduler_settings"
 
 
 def consumed(args: Any, otherwise: int = 0) -> tuple[int, int]:
@@ -74,20 +75,50 @@ def continued_config(asked: RandomLTDConfig, checkpoint_args: Any, args: Any) ->
 
 
 def check_learning_rate(checkpoint_args: Any, args: Any) -> None:
-    """Check that the learning rate goes on as it did.
+    """Check that the learning rate and the length of the run are the checkpoint's.
 
     Raises:
-        ConfigError: It followed LayerTokens and now samples, or the other way round.
+        ConfigError: It followed LayerTokens and now samples, or the other way round, or has another
+            budget.
     """
-    saved = getattr(checkpoint_args, "layer_token_lr", False)
-    # In a dense checkpoint both count the same.
-    if not getattr(checkpoint_args, "random_ltd", False) or saved == args.layer_token_lr:
+    # In a dense checkpoint LayerTokens and samples count the same.
+    if not getattr(checkpoint_args, "random_ltd", False) or args.override_opt_param_scheduler:
         return
-    if not args.override_opt_param_scheduler:
-        raise ConfigError(
-            [
-                f"the checkpoint was trained {'with' if saved else 'without'} --layer-token-lr: "
-                f"{'add it' if saved else 'leave it away'}, or add --override-opt-param-scheduler "
-                "to change how the learning rate advances from here"
-            ]
+    saved = getattr(checkpoint_args, "layer_token_lr", False)
+    problems = []
+    if saved != args.layer_token_lr:
+        problems.append(
+            f"the checkpoint was trained {'with' if saved else 'without'} --layer-token-lr: "
+            f"{'add it' if saved else 'leave it away'}, or add --override-opt-param-scheduler to "
+            "change how the learning rate advances from here"
         )
+    budgets = [getattr(a, "train_layer_tokens", None) for a in (checkpoint_args, args)]
+    if None not in budgets and budgets[0] != budgets[1]:
+        problems.append(
+            f"the checkpoint is of a run of --train-layer-tokens {budgets[0]}, not {budgets[1]}: "
+            "add --override-opt-param-scheduler to change its length, and the learning rate's"
+        )
+    if problems and not args.use_checkpoint_opt_param_scheduler:
+        raise ConfigError(problems)
+
+
+def set_scheduler_settings(args: Any, settings: dict[str, int | float]) -> None:
+    """Set what a checkpoint is to say of the settings that follow from the length of the run."""
+    setattr(args, _SCHEDULER, settings)
+
+
+def scheduler_settings(checkpoint_args: Any, args: Any) -> dict[str, int | float] | None:
+    """Return the settings of Megatron's scheduler that a run goes on with, or None for its own.
+
+    The checkpoint's if it is of a run of the same length and learning rate. Its batch size may have
+    been another, from which other settings would follow.
+    """
+    if args.override_opt_param_scheduler:
+        return None
+    given = ["layer_token_lr", "train_layer_tokens", "lr_warmup_fraction"]
+    if args.train_layer_tokens is None:
+        given.append("train_iters" if args.train_samples is None else "train_samples")
+    if any(getattr(args, name) != getattr(checkpoint_args, name, None) for name in given):
+        return None
+    ours, saved = (getattr(a, _SCHEDULER, {}) for a in (args, checkpoint_args))
+    return saved if saved.keys() == ours.keys() else None

@@ -16,6 +16,7 @@ In a loop of your own:
 from fractions import Fraction
 from typing import Any
 
+from megatron_rltd.config import ConfigError
 from megatron_rltd.random_ltd import RandomLTD
 
 LAYER_TOKENS = "layer_tokens"
@@ -30,8 +31,6 @@ class LayerTokenScheduler:
         random_ltd: Whose current kept length counts.
         layer_tokens: By how many LayerTokens the schedule has advanced, an exact integer. Less than
             the run consumed if the optimizer skipped steps, as in Megatron.
-        left_open: Names of settings that a state to be loaded decides. Megatron refuses a state
-            with other settings than the scheduler's.
     """
 
     def __init__(self, scheduler: Any, random_ltd: RandomLTD):
@@ -44,9 +43,10 @@ class LayerTokenScheduler:
         self._scheduler = scheduler
         self.random_ltd = random_ltd
         self.layer_tokens = 0
-        self.left_open: tuple[str, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of an instance that has not been constructed, by copy
+            raise AttributeError(name)
         return getattr(self._scheduler, name)
 
     def step(self, increment: int) -> None:
@@ -58,35 +58,33 @@ class LayerTokenScheduler:
         self._scheduler.step(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return Megatron's state, which plain Megatron loads too, and the exact LayerTokens."""
+        """Return Megatron's state and the exact LayerTokens.
+
+        Plain Megatron loads it too, though its ``num_steps`` may be a fraction of a sample here.
+        """
         return {**self._scheduler.state_dict(), LAYER_TOKENS: self.layer_tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or, counted at full length, of plain Megatron.
 
         Raises:
-            AssertionError: Megatron's, for other settings than in the state.
+            ConfigError: Its settings are not the scheduler's, and neither is to win.
         """
-        for name in self.left_open:
-            setattr(self._scheduler, name, state_dict[name])
-        self._scheduler.load_state_dict(state_dict)
+        try:
+            self._scheduler.load_state_dict(state_dict)
+        except AssertionError as error:
+            raise ConfigError(
+                [
+                    f"{error}; add --override-opt-param-scheduler to go on with the command line's "
+                    "learning rate, which by default ends with the run, or "
+                    "--use-checkpoint-opt-param-scheduler to go on with the checkpoint's"
+                ]
+            ) from error
         steps, dense = self._scheduler.num_steps, self.random_ltd.resolved.layer_tokens.dense
         saved = state_dict.get(LAYER_TOKENS)
         if saved is None or _quotient(saved, dense) != steps:  # of another sequence length
             saved = round(Fraction(steps) * dense)
         self.layer_tokens = saved
-
-
-def end_weight_decay_with_run(scheduler: Any, share: Fraction) -> None:
-    """Let the weight decay reach its end with the run.
-
-    Megatron has it grow over the samples of the run, for which there is no flag.
-
-    Args:
-        share: The LayerTokens of the run in those of a dense one on the same samples.
-    """
-    total = scheduler.wd_incr_steps * share.numerator
-    scheduler.wd_incr_steps = _quotient(total, share.denominator)
 
 
 def _quotient(dividend: int, divisor: int) -> int | float:

@@ -8,6 +8,7 @@ arguments are valid.
 import functools
 import inspect
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from megatron_rltd import checkpoint, metrics, run_length
@@ -21,15 +22,16 @@ from megatron_rltd.config import (
     model_from_args,
     resolve,
 )
-from megatron_rltd.learning_rate import LayerTokenScheduler, end_weight_decay_with_run
+from megatron_rltd.learning_rate import LayerTokenScheduler
 from megatron_rltd.preflight import arguments_with_preflight
 from megatron_rltd.random_ltd import RandomLTD
 from megatron_rltd.refusals import validate
 from megatron_rltd.schedule import Progress
 
 _random_ltd: RandomLTD | None = None
-_scheduler: LayerTokenScheduler | None = None
-_left_open: tuple[str, ...] = ()
+_scheduler: Any = None  # a LayerTokenScheduler under --layer-token-lr, else Megatron's
+_megatrons_scheduler: Any = None
+_is_decay_given = False
 _flops = metrics.FlopsSinceLog()
 _preflight_due = False
 
@@ -40,14 +42,15 @@ def start(args: Any) -> None:
     Raises:
         ConfigError: A flag is wrong, or combined with a feature that random-LTD refuses.
     """
-    global _random_ltd, _scheduler, _left_open, _flops, _preflight_due
+    global _random_ltd, _scheduler, _is_decay_given, _flops, _preflight_due
     _random_ltd = _scheduler = None
     _flops = metrics.FlopsSinceLog()
     if not args.random_ltd:
         _refuse_without_random_ltd(args)
         return
     resolved = validate(args)
-    _left_open = run_length.set_length(args, resolved)
+    _is_decay_given = args.lr_decay_iters is not None or args.lr_decay_samples is not None
+    run_length.set_length(args, resolved)
     _use(RandomLTD(config_from_args(args), resolved), args)
     checkpoint.set_consumed(args, 0, 0)
     _preflight_due = args.random_ltd_preflight
@@ -73,7 +76,7 @@ def _refuse_without_random_ltd(args: Any) -> None:
 def _use(random_ltd: RandomLTD, args: Any) -> None:
     global _random_ltd
     _random_ltd = random_ltd
-    if _scheduler is not None:
+    if isinstance(_scheduler, LayerTokenScheduler):
         _scheduler.random_ltd = random_ltd
     # What the checkpoint must hold is what the run does, not what was left to a default.
     args.random_ltd_strata = random_ltd.resolved.strata
@@ -99,43 +102,60 @@ def attach(model: Any) -> None:
         raise ConfigError([str(error)]) from error
 
 
-def layer_token_scheduler(scheduler: Any) -> Any:
+def schedule_learning_rate(scheduler: Any) -> Any:
     """Return what is to schedule the learning rate in place of Megatron's scheduler."""
     from megatron.training import get_args
 
-    global _scheduler
-    if _random_ltd is None or not get_args().layer_token_lr:
+    global _scheduler, _megatrons_scheduler
+    if _random_ltd is None or not run_length.follows_layer_tokens(get_args()):
         return scheduler
     args = get_args()
-    if args.weight_decay_incr_style != "constant":
-        share = run_length.share_of_dense(args, _random_ltd.resolved)
-        end_weight_decay_with_run(scheduler, share)
-    _scheduler = LayerTokenScheduler(scheduler, _random_ltd)
+    _scheduler = LayerTokenScheduler(scheduler, _random_ltd) if args.layer_token_lr else scheduler
+    _megatrons_scheduler = scheduler
+    _set_scheduler(run_length.scheduler_settings(args, _random_ltd.resolved, _is_decay_given))
     return _scheduler
 
 
-def set_remaining_length() -> None:
-    """Set the iterations and samples that ``--train-layer-tokens`` takes from where a run is.
+def _set_scheduler(settings: dict[str, int | float]) -> None:
+    from megatron.training import get_args
 
-    A run that continues a checkpoint may have got there with another batch size or schedule.
+    checkpoint.set_scheduler_settings(get_args(), settings)
+    for name, value in settings.items():
+        setattr(_megatrons_scheduler, name, value)
+
+
+def continue_run() -> None:
+    """Set what is left of the run once a checkpoint may have been loaded.
+
+    It may have got there with another batch size or schedule.
     """
     from megatron.training import get_args, print_rank_0
 
-    if _random_ltd is None or get_args().train_layer_tokens is None:
+    if _random_ltd is None or not run_length.follows_layer_tokens(get_args()):
         return
-    args = get_args()
+    args, resolved = get_args(), _random_ltd.resolved
     # What Megatron, which runs later, makes of a checkpoint without a count of samples.
     samples = args.consumed_train_samples or args.iteration * args.global_batch_size
     here = Progress(args.iteration, samples, checkpoint.consumed(args)[0])
-    end = run_length.end_of_budget(args, _random_ltd.resolved, here)
-    args.train_iters = end.iteration
-    if args.train_samples:
-        args.train_samples = end.samples
-    print_rank_0(
-        f"random-LTD: --train-layer-tokens {args.train_layer_tokens} ends the run after "
-        f"{end.iteration} iterations and {end.samples} samples, of which it has done "
-        f"{here.iteration} and {here.samples}"
-    )
+    if args.train_layer_tokens is not None:
+        end = run_length.end_of_budget(args, resolved, here)
+        args.train_iters = end.iteration
+        # The size of the data set, which Megatron else takes to be the iterations' at this batch.
+        if args.train_samples or end.samples > end.iteration * args.global_batch_size:
+            args.train_samples = end.samples
+        print_rank_0(
+            f"random-LTD: --train-layer-tokens {args.train_layer_tokens} ends the run after "
+            f"{end.iteration} iterations and {end.samples} samples, of which it has done "
+            f"{here.iteration} and {here.samples}"
+        )
+    if here.iteration and args.override_opt_param_scheduler and _scheduler is not None:
+        advanced = Fraction(_scheduler.num_steps)
+        if args.layer_token_lr:
+            advanced = Fraction(_scheduler.layer_tokens, resolved.layer_tokens.dense)
+        _set_scheduler(
+            run_length.scheduler_settings(args, resolved, _is_decay_given, here, advanced)
+        )
+        _scheduler.step(0)
 
 
 def resume(checkpoint_args: Any) -> None:
@@ -158,8 +178,9 @@ def resume(checkpoint_args: Any) -> None:
     dense = samples * _random_ltd.resolved.layer_tokens.dense
     checkpoint.set_consumed(args, *checkpoint.consumed(checkpoint_args, dense))
     checkpoint.check_learning_rate(checkpoint_args, args)
-    if _scheduler is not None and run_length.is_the_same(args, checkpoint_args):
-        _scheduler.left_open = _left_open
+    settings = checkpoint.scheduler_settings(checkpoint_args, args)
+    if _scheduler is not None and settings is not None:
+        _set_scheduler(settings)
     if not getattr(checkpoint_args, "random_ltd", False):
         print_rank_0(
             f"random-LTD: the checkpoint was trained without it; its {samples} samples count as "
@@ -231,6 +252,7 @@ def training_log(original: Callable, *call: Any, **kwargs: Any) -> Any:
         tokens, dense = checkpoint.consumed(args)
         share = tokens / dense
         metrics.add_to_log_line(bound["total_loss_dict"], bound["skipped_iter"], tokens, share)
+        _flops.is_reset_by_log = not bound.get("is_first_iteration", False)
         metrics.write_scalars(
             bound["loss_dict"], bound["learning_rate"], bound["iteration"], tokens, share
         )
@@ -254,7 +276,7 @@ def floating_point_operations(
     if _random_ltd is None:
         return original(args, batch_size, *rest, **kwargs)
     if _flops.is_for_log:
-        return _flops.mean(is_reset=(args.curr_iteration + 1) % args.log_interval == 0)
+        return _flops.mean()
     flops = metrics.floating_point_operations(
         original,
         _random_ltd.resolved,

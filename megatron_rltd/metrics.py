@@ -65,8 +65,6 @@ def write_scalars(
         writer.add_scalar(name, value, iteration)
         if wandb:
             wandb.log({name: value}, iteration)
-    if wandb:
-        wandb.log({"layer tokens vs steps": layer_tokens}, iteration)
     if learning_rate is not None:
         writer.add_scalar("learning-rate vs layer tokens", learning_rate, layer_tokens)
     for name, loss in losses.items():
@@ -82,10 +80,13 @@ class FlopsSinceLog:
 
     Attributes:
         is_for_log: Whether the last step has been counted, so that the next question is the log's.
+        is_reset_by_log: Whether Megatron starts anew after the line. It does not after one about
+            the first step, which it adds to the next line too.
     """
 
     def __init__(self) -> None:
         self.is_for_log = False
+        self.is_reset_by_log = True
         self._steps: list[float] = []
 
     def begin_step(self) -> None:
@@ -97,10 +98,10 @@ class FlopsSinceLog:
         self._steps.append(operations)
         self.is_for_log = True
 
-    def mean(self, is_reset: bool) -> float:
+    def mean(self) -> float:
         """Return the mean of the steps; forget them if Megatron starts anew."""
         mean = math.fsum(self._steps) / len(self._steps)
-        if is_reset:
+        if self.is_reset_by_log:
             self._steps.clear()
         return mean
 

@@ -35,7 +35,7 @@ def _setup_model_and_optimizer(original: Callable) -> Callable:
     def setup_model_and_optimizer(*args, **kwargs):
         result = original(*args, **kwargs)
         megatron_loop.attach(result[0])
-        megatron_loop.set_remaining_length()
+        megatron_loop.continue_run()
         return result
 
     return setup_model_and_optimizer
@@ -44,7 +44,7 @@ def _setup_model_and_optimizer(original: Callable) -> Callable:
 def _get_optimizer_param_scheduler(original: Callable) -> Callable:
     @functools.wraps(original)
     def get_optimizer_param_scheduler(*args, **kwargs):
-        return megatron_loop.layer_token_scheduler(original(*args, **kwargs))
+        return megatron_loop.schedule_learning_rate(original(*args, **kwargs))
 
     return get_optimizer_param_scheduler
 
@@ -128,7 +128,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         f"{_TRAINING}:get_optimizer_param_scheduler",
         _get_optimizer_param_scheduler,
-        "lets the learning rate follow LayerTokens, if asked to",
+        "lets the learning rate follow LayerTokens or end with their budget, if asked to",
     ),
     Patch(
         "megatron.training.checkpointing:check_checkpoint_args",

@@ -2,7 +2,8 @@
 
 ``--train-layer-tokens N`` ends a run when N LayerTokens per layer are consumed. What that takes in
 iterations and samples follows from the schedule and is put into Megatron's own arguments before it
-sizes data sets and learning rates by them.
+sizes data sets by them. What Megatron would derive of the learning rate from the samples of a run
+is derived here from what its schedule will have advanced by.
 """
 
 import inspect
@@ -12,77 +13,114 @@ from typing import Any
 from megatron_rltd.config import ConfigError, Resolved
 from megatron_rltd.schedule import BatchSize, Progress
 
-_IN_ITERATIONS = ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters")
-_IN_SAMPLES = ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples")
+_UNITS = {
+    unit: [f"lr_decay_{unit}", f"lr_warmup_{unit}", f"lr_wsd_decay_{unit}", f"train_{unit}"]
+    for unit in ("iters", "samples")
+}
 
 
-def set_length(args: Any, resolved: Resolved) -> tuple[str, ...]:
-    """Set the iterations or samples of a run and, under ``--layer-token-lr``, its decay.
+def set_length(args: Any, resolved: Resolved) -> None:
+    """Set the iterations or samples that ``--train-layer-tokens`` takes.
 
     Iterations if the learning rate or the length is given in them, else samples.
 
     Args:
         args: Megatron's validated arguments.
 
-    Returns:
-        The settings of Megatron's scheduler that follow from the run's LayerTokens. With another
-        batch size they would be others, so a run that goes on takes its checkpoint's.
-
     Raises:
-        ConfigError: The budget contradicts another argument, or the schedule of the learning rate
-            does not fit in.
+        ConfigError: The budget contradicts another argument, or the learning rate does not fit in.
     """
-    problems: list[str] = []
-    follow: list[str] = []
-    if args.train_layer_tokens is not None:
-        problems += _set_budget(args, resolved)
-    if args.layer_token_lr and not problems and (args.train_iters or args.train_samples):
-        if args.lr_decay_iters is None and args.lr_decay_samples is None:
-            follow.append("lr_decay_steps")
-        if args.weight_decay_incr_style != "constant":
-            follow.append("wd_incr_steps")
-        problems += _set_decay(args, resolved)
+    if not follows_layer_tokens(args):
+        return
+    problems = _problems(args)
+    if not problems and args.train_layer_tokens is not None:
+        problems = _set_budget(args, resolved)
+    if not problems and args.layer_token_lr and (args.train_iters or args.train_samples):
+        problems = _learning_rate_problems(args, resolved)
     if problems:
         raise ConfigError(problems)
-    return tuple(follow)
 
 
-def is_the_same(args: Any, checkpoint_args: Any) -> bool:
-    """Return whether a checkpoint is of a run that was given the same length and learning rate."""
-    if args.train_layer_tokens is not None:
-        given = ["train_layer_tokens"]
-    else:
-        given = ["train_iters" if args.train_samples is None else "train_samples"]
-    given.append("layer_token_lr")
-    return all(getattr(args, name) == getattr(checkpoint_args, name, None) for name in given)
+def follows_layer_tokens(args: Any) -> bool:
+    """Return whether the length of the run or its learning rate is given in LayerTokens."""
+    return args.layer_token_lr or args.train_layer_tokens is not None
+
+
+def _problems(args: Any) -> list[str]:
+    problems = []
+    budget = args.train_layer_tokens
+    iterations, samples = (
+        [n for n in names if getattr(args, n, None)] for names in _UNITS.values()
+    )
+    if budget is not None and budget <= 0:
+        problems.append(f"--train-layer-tokens {budget} must be positive")
+    if iterations and samples:
+        problems.append(
+            f"{_flag(iterations[0])} counts iterations and {_flag(samples[0])} samples: give all "
+            "in one unit"
+        )
+    for name in ("step_batch_size_schedule", "rampup_batch_size"):
+        if iterations and _batch_grows(args, name):
+            problems.append(
+                f"{_flag(iterations[0])} is no number of samples with {_flag(name)}: give lengths "
+                "in samples (--train-samples, --lr-warmup-samples, ...)"
+            )
+    for name in ("lr_warmup_iters", "lr_warmup_samples"):
+        if args.lr_warmup_fraction is not None and getattr(args, name):
+            problems.append(f"give one of --lr-warmup-fraction and {_flag(name)}, not both")
+    if budget is not None and getattr(args, "iterations_to_skip", None):
+        problems.append(
+            "--iterations-to-skip makes a run shorter than --train-layer-tokens: give its length "
+            "as --train-iters or --train-samples"
+        )
+    return problems
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _batch_grows(args: Any, name: str) -> bool:
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+
+    # Megatron 0.18 still parses --rampup-batch-size and ignores it.
+    known = inspect.signature(init_num_microbatches_calculator).parameters
+    ignored = name == "rampup_batch_size" and "step_batch_size_schedule" in known
+    return getattr(args, name, None) is not None and not ignored
 
 
 def _set_budget(args: Any, resolved: Resolved) -> list[str]:
-    budget = f"--train-layer-tokens {args.train_layer_tokens}"
-    if args.train_layer_tokens <= 0:
-        return [f"{budget} must be positive"]
-    iterations, samples = ([n for n in names if getattr(args, n, None)] for names in _UNITS)
-    if args.train_iters:
-        iterations.append("train_iters")
-    if args.train_samples:
-        samples.append("train_samples")
-    if iterations and samples:
-        flags = ["--" + name.replace("_", "-") for name in (iterations[0], samples[0])]
-        return [f"{flags[0]} counts iterations and {flags[1]} samples: give all in one unit"]
     end = end_of_budget(args, resolved, Progress())
     for name, needed in (("train_iters", end.iteration), ("train_samples", end.samples)):
         given = getattr(args, name)
         if given and given != needed:
-            what = f"--{name.replace('_', '-')}"
-            return [f"{budget} takes {what} {needed}, not {given}: leave {what} away"]
-    if iterations:
+            return [
+                f"--train-layer-tokens {args.train_layer_tokens} takes {_flag(name)} {needed} from "
+                f"the start of a run, not {given}: leave {_flag(name)} away"
+            ]
+    if any(getattr(args, name, None) for name in _UNITS["iters"]):
         args.train_iters = end.iteration
     else:
         args.train_samples = end.samples
     return []
 
 
-_UNITS = (_IN_ITERATIONS, _IN_SAMPLES)
+def _learning_rate_problems(args: Any, resolved: Resolved) -> list[str]:
+    """Return what Megatron would assert of the learning rate's lengths, or not notice."""
+    unit = "samples" if args.train_samples else "iters"
+    size = 1 if args.train_samples else args.global_batch_size
+    given = getattr(args, f"lr_decay_{unit}")
+    decay = _remaining(args, resolved, Progress()) if given is None else given * size
+    problems = []
+    for name in (f"lr_warmup_{unit}", f"lr_wsd_decay_{unit}"):
+        length = (getattr(args, name, None) or 0) * size
+        if length > decay or (length == decay and "warmup" in name and length):
+            problems.append(
+                f"{_flag(name)} {length // size} is {length} samples, too long for a learning rate "
+                f"that decays over {float(decay):.10g}: under --layer-token-lr these are samples' "
+                "worth of LayerTokens, by default those of the run"
+            )
+    return problems
 
 
 def end_of_budget(args: Any, resolved: Resolved, start: Progress) -> Progress:
@@ -93,50 +131,63 @@ def end_of_budget(args: Any, resolved: Resolved, start: Progress) -> Progress:
     )
 
 
-def end_of_run(args: Any, resolved: Resolved) -> Progress:
-    """Return where a run ends that has its length in Megatron's arguments."""
-
-    if not args.train_samples:
-        return after_iterations(args, resolved, args.train_iters)
+def after_iterations(
+    args: Any,
+    resolved: Resolved,
+    iterations: int,
+    start: Progress = Progress(),  # noqa: B008
+) -> Progress:
+    """Return where a run that is at `start` stands after its `iterations`-th iteration."""
     return resolved.layer_tokens.until(
-        lambda progress: progress.samples >= args.train_samples, batch_size(args)
+        lambda progress: progress.iteration >= iterations, batch_size(args), start
     )
 
 
-def after_iterations(args: Any, resolved: Resolved, iterations: int) -> Progress:
-    """Return where a run stands after that many iterations from its start."""
-    return resolved.layer_tokens.until(
-        lambda progress: progress.iteration >= iterations, batch_size(args)
-    )
+def _remaining(args: Any, resolved: Resolved, start: Progress) -> Fraction:
+    """Return by how much the learning rate's schedule advances until the end of the run.
 
-
-def share_of_dense(args: Any, resolved: Resolved) -> Fraction:
-    """Return the LayerTokens of a run in those of a dense one on the same samples."""
-    end = end_of_run(args, resolved)
-    tokens = end.layer_tokens
-    if args.train_layer_tokens is not None:
-        # Not the few more of the last step: those would differ with the batch size.
-        tokens = args.train_layer_tokens * resolved.model.num_layers
-    return Fraction(tokens, end.samples * resolved.layer_tokens.dense)
-
-
-def _set_decay(args: Any, resolved: Resolved) -> list[str]:
-    """Let the learning rate decay over the LayerTokens of the run unless the user says otherwise.
-
-    Megatron takes the samples of the run, of which the schedule would only get a share.
+    In samples or, under ``--layer-token-lr``, what LayerTokens are worth in samples of which
+    nothing is dropped.
     """
-    unit = "samples" if args.train_samples else "iters"
-    decay, warmup = f"lr_decay_{unit}", f"lr_warmup_{unit}"
-    if getattr(args, decay) is None:
-        total = getattr(args, f"train_{unit}")
-        setattr(args, decay, int(total * share_of_dense(args, resolved)))
-    if getattr(args, decay) <= getattr(args, warmup):
-        return [
-            f"--lr-{warmup[3:].replace('_', '-')} {getattr(args, warmup)} must be less than "
-            f"--lr-{decay[3:].replace('_', '-')} {getattr(args, decay)}, which under "
-            "--layer-token-lr counts dense samples and defaults to the LayerTokens of the run"
-        ]
-    return []
+    counted = resolved.layer_tokens
+    if args.train_layer_tokens is not None:
+        if args.layer_token_lr:
+            # Not the few more of the last step: those would differ with the batch size.
+            tokens = args.train_layer_tokens * resolved.model.num_layers - start.layer_tokens
+            return Fraction(max(0, tokens), counted.dense)
+        return Fraction(end_of_budget(args, resolved, start).samples - start.samples)
+    if args.train_samples and not start.iteration:
+        # Megatron has the learning rate run over all of them, an incomplete last batch included.
+        end = counted.until(lambda p: p.samples >= args.train_samples, batch_size(args))
+        return Fraction(end.layer_tokens * args.train_samples, end.samples * counted.dense)
+    end = after_iterations(args, resolved, args.train_iters, start)
+    return Fraction(end.layer_tokens - start.layer_tokens, counted.dense)
+
+
+def scheduler_settings(
+    args: Any,
+    resolved: Resolved,
+    is_decay_given: bool,
+    start: Progress = Progress(),  # noqa: B008
+    advanced: Fraction = Fraction(0),
+) -> dict[str, int | float]:
+    """Return the settings of Megatron's scheduler that follow from the length of the run.
+
+    With another batch size they would be others.
+
+    Args:
+        is_decay_given: Whether a flag says how long the learning rate decays.
+        start: Where the run stands.
+        advanced: By how much the schedule has advanced until then, in samples.
+    """
+    length = advanced + _remaining(args, resolved, start)
+    whole = int(length) if length.denominator == 1 else float(length)
+    settings: dict[str, int | float] = {"wd_incr_steps": whole}
+    if not is_decay_given:
+        settings["lr_decay_steps"] = whole
+        if args.lr_warmup_fraction is not None:
+            settings["lr_warmup_steps"] = args.lr_warmup_fraction * whole
+    return settings
 
 
 def batch_size(args: Any) -> BatchSize:
@@ -148,13 +199,22 @@ def batch_size(args: Any) -> BatchSize:
     from megatron.core.num_microbatches_calculator import _build_num_microbatches_calculator
 
     # Its parameters differ between releases; all but the rank, which is for logging, are arguments.
-    names = [n for n in inspect.signature(_build_num_microbatches_calculator).parameters]
+    names = inspect.signature(_build_num_microbatches_calculator).parameters
     calculator = _build_num_microbatches_calculator(
         **{name: -1 if name == "rank" else getattr(args, name) for name in names}
     )
 
     def of(consumed_samples: int) -> int:
         calculator.update(consumed_samples, consistency_check=False)
-        return calculator.get_current_running_global_batch_size()
+        size = calculator.get_current_running_global_batch_size()
+        if size <= 0:
+            raise ConfigError(
+                [
+                    f"the global batch of a step is less than --micro-batch-size "
+                    f"{args.micro_batch_size} on each of {args.data_parallel_size} data-parallel "
+                    "ranks"
+                ]
+            )
+        return size
 
     return of

@@ -73,8 +73,10 @@ class Schedule:
                 return
             position, kept = later, self.kept_tokens(later)
 
-    def kept_token_sum(self, steps: int, stride: int = 1, start: int = 0) -> int:
-        """Return the sum of k(t) over t = start, start + stride, ... for `steps` steps.
+    def kept_lengths(
+        self, steps: int, stride: int = 1, start: int = 0
+    ) -> Iterator[tuple[int, int]]:
+        """Yield (k(t), number of steps in a row that have it) over t = start, start + stride, ...
 
         Args:
             steps: Number of training steps.
@@ -82,12 +84,16 @@ class Schedule:
             start: t of the first step.
         """
         levels = _levels(self)
-        total, first = 0, 0
+        first = 0
         for (_, kept), (after, _) in zip(levels, [*levels[1:], (None, 0)], strict=True):
             end = steps if after is None else min(steps, max(0, -(-(after - start) // stride)))
-            total += kept * (end - first)
+            if end > first:
+                yield kept, end - first
             first = end
-        return total
+
+    def kept_token_sum(self, steps: int, stride: int = 1, start: int = 0) -> int:
+        """Return the sum of k(t) over the steps of `kept_lengths`."""
+        return sum(kept * n for kept, n in self.kept_lengths(steps, stride, start))
 
 
 @functools.cache

@@ -225,6 +225,13 @@ def test_what_differs_is_said(config, line, messages):
         assert [w for w in warnings if message in w], warnings
 
 
+def test_batch_ramp_up_is_said_to_be_ignored():
+    config, line, _ = RECIPES["GPT-3 1.3B, 300B tokens"]
+    said = convert(config, f"{line} --rampup-batch-size 32 32 1953125").warnings
+    assert any("--step-batch-size-schedule" in warning for warning in said)
+    assert not any("iterations there" in warning for warning in said)
+
+
 def test_a_plain_recipe_has_one_warning():
     assert len(convert(GPT3).warnings) == 1
     assert len(convert(GPT3, FULL).warnings) == 1

@@ -1,16 +1,17 @@
 """The LayerToken learning rate: Megatron's scheduler in another unit, and in Megatron's loop."""
 
+import copy
 import json
 import types
 from fractions import Fraction
 
 import pytest
 
-from megatron_rltd.config import Model, RandomLTDConfig, resolve
-from megatron_rltd.learning_rate import LayerTokenScheduler, end_weight_decay_with_run
+from megatron_rltd.config import ConfigError, Model, RandomLTDConfig, resolve
+from megatron_rltd.learning_rate import LayerTokenScheduler
 from megatron_rltd.random_ltd import RandomLTD
 from megatron_rltd.schedule import Schedule
-from tests.parallel import train
+from tests.parallel import run, train, train_on_this_rank
 from tests.test_training import BASE, FORMAT, GLOBAL_BATCH, KEPT, LTD, SEQ, STEPS, TOKENS, rewind
 
 # Numbers that divide nothing.
@@ -152,12 +153,18 @@ def test_a_count_of_another_sequence_length_is_converted():
     assert rates(loaded) == rates(ours)
 
 
-def test_weight_decay_ends_with_the_run():
-    scheduler = megatron_scheduler()
-    end_weight_decay_with_run(scheduler, Fraction(2, 3))
-    assert (scheduler.wd_incr_steps, type(scheduler.wd_incr_steps)) == (120, int)
-    end_weight_decay_with_run(scheduler, Fraction(1, 7))
-    assert scheduler.wd_incr_steps == 120 / 7
+def test_other_settings_than_the_state_name_the_way_out():
+    ltd, ours = advanced()
+    other = LayerTokenScheduler(megatron_scheduler(lr_decay_steps=99), ltd)
+    with pytest.raises(ConfigError, match="99 and .*211 .* do not match; add --override-opt"):
+        other.load_state_dict(ours.state_dict())
+
+
+def test_it_can_be_copied():
+    _, ours = advanced()
+    assert copy.copy(ours).layer_tokens == ours.layer_tokens
+    with pytest.raises(AttributeError):
+        ours.nothing  # noqa: B018
 
 
 # In Megatron's loop.
@@ -196,14 +203,10 @@ def alone(tmp_path_factory):
 def test_advances_by_layer_tokens_to_the_end_of_the_run(alone):
     _, whole = alone
     total = sum(GLOBAL_BATCH * TOKENS.per_sample(k) for k in KEPT)
-    decay = total * STEPS // (STEPS * GLOBAL_BATCH * TOKENS.dense)  # whole iterations
-    assert whole.arguments["lr_decay_iters"] == decay < STEPS
+    length = Fraction(total, TOKENS.dense)
+    assert whole.arguments["lr_decay_steps"] == float(length) < STEPS * GLOBAL_BATCH
     lrs, wds = expected(
-        KEPT,
-        [GLOBAL_BATCH] * STEPS,
-        warmup=GLOBAL_BATCH,
-        decay=decay * GLOBAL_BATCH,
-        weight_decay=Fraction(total, TOKENS.dense),
+        KEPT, [GLOBAL_BATCH] * STEPS, warmup=GLOBAL_BATCH, decay=length, weight_decay=length
     )
     assert whole.learning_rates == pytest.approx(lrs, rel=1e-12)
     assert whole.weight_decays == pytest.approx(wds, rel=1e-12)
@@ -215,7 +218,7 @@ def test_without_dropping_the_loop_is_bit_identical():
     dense = train(f"{BASE} {LR} {WD}".replace("--layer-token-lr ", ""))
     full = f"--random-ltd --random-ltd-constant --random-ltd-min-tokens {SEQ}"
     ours = train(f"{BASE} {LR} {WD} {full}")
-    for name in ("learning_rates", "weight_decays", "losses", "arguments"):
+    for name in ("learning_rates", "weight_decays", "losses"):
         assert getattr(ours, name) == getattr(dense, name), name
 
 
@@ -266,29 +269,128 @@ def test_another_batch_size_goes_on_along_the_same_schedule(tmp_path, ramp, batc
     assert kept == [Schedule(SEQ, 16, length, 8).kept_tokens(p) for p in positions]
     planned = Fraction(first.layer_tokens, TOKENS.dense)
     lrs, wds = expected(
-        [int(k) for k in kept], batches, warmup=8, decay=int(planned), weight_decay=planned
+        [int(k) for k in kept], batches, warmup=8, decay=planned, weight_decay=planned
     )
     assert more.learning_rates == pytest.approx(lrs[3:], rel=1e-12)
     assert more.weight_decays == pytest.approx(wds[3:], rel=1e-12)
     # A run that is made longer has to say what its schedule is to be, as in Megatron.
-    with pytest.raises(AssertionError, match="do not match"):
+    with pytest.raises(AssertionError, match="do not match; add --override-opt-param-scheduler"):
         train(f"{line} --global-batch-size {batch}".replace("samples 48", "samples 96"))
 
 
-def test_a_vanilla_checkpoint_counts_its_samples(tmp_path):
-    plain = f"{BASE} {LR} {WD} --lr-decay-iters 5".replace("--layer-token-lr", "")
+def test_a_vanilla_checkpoint_goes_on_to_the_end_of_the_run(tmp_path):
+    plain = f"{BASE} {LR} {WD}".replace("--layer-token-lr", "")
     train(f"{plain} --save {tmp_path} --save-interval 3 --exit-interval 3 {FORMAT}")
-    more = "--override-opt-param-scheduler"
-    ours = train(f"{BASE} {LTD} {LR} --lr-decay-iters 5 {WD} --load {tmp_path} {FORMAT} {more}")
+    line = f"{BASE} {LTD} {LR} {WD} --load {tmp_path} {FORMAT}"
+    with pytest.raises(AssertionError, match="do not match; add --override-opt-param-scheduler"):
+        train(line)
+    ours = train(f"{line} --override-opt-param-scheduler")
     done = [3 * GLOBAL_BATCH * TOKENS.dense]
     for k in KEPT[3:]:
         done.append(done[-1] + GLOBAL_BATCH * TOKENS.per_sample(k))
     assert ours.layer_tokens == done[-1]
+    assert "was trained without it" in ours.output
+    # What it has done counts in full, and both rates end with it.
+    length = done[-1] / TOKENS.dense
     scheduler = megatron_scheduler(
-        init_lr=0.0, lr_warmup_steps=GLOBAL_BATCH, lr_decay_steps=5 * GLOBAL_BATCH
+        init_lr=0.0,
+        lr_warmup_steps=GLOBAL_BATCH,
+        lr_decay_steps=length,
+        wd_incr_steps=length,
+        weight_decay="linear",
     )
-    for tokens, rate in zip(done[1:], ours.learning_rates, strict=True):
+    for tokens, *both in zip(done[1:], ours.learning_rates, ours.weight_decays, strict=True):
         scheduler.num_steps = tokens / TOKENS.dense
         scheduler.step(0)
-        assert rates(scheduler)[0] == rate
-    assert "was trained without it" in ours.output
+        assert rates(scheduler) == tuple(both)
+    assert both == [1e-4, 0.1]
+
+
+def test_override_lets_the_command_line_win(alone):
+    folder, _ = alone
+    line = f"{BASE} {LTD} {LR} {WD} --load {folder} {FORMAT}"
+    for flag in ("--lr-decay-iters 3", "--lr-warmup-fraction 0.4"):
+        given = line.replace("--lr-warmup-iters 1", "") if "fraction" in flag else line
+        with pytest.raises(AssertionError, match="do not match"):
+            train(f"{given} {flag}")
+    override = "--override-opt-param-scheduler"
+    given = train(f"{line} --lr-decay-iters 3 {override}")
+    assert given.arguments == {**given.arguments, "lr_decay_iters": 3}
+    assert "lr_decay_steps" not in given.arguments
+    # The schedule stands at 15.5 of now 24 samples.
+    lrs, _ = expected(KEPT, [8] * STEPS, warmup=8, decay=24, weight_decay=1)
+    assert given.learning_rates == pytest.approx(lrs[3:], rel=1e-12)
+    # Another ramp: the rest of the run is other than was planned, and the rates end with it.
+    other = line.replace("--random-ltd-ramp-iters 9", "--random-ltd-ramp-iters 5")
+    ramped = train(f"{other} {override}")
+    done = sum(TOKENS.per_sample(k) for k in KEPT[:3])
+    done += sum(TOKENS.per_sample(int(k)) for k in ramped.kept)
+    assert ramped.arguments["lr_decay_steps"] == GLOBAL_BATCH * done / TOKENS.dense
+    assert ramped.learning_rates[-1] == 1e-4 < ramped.learning_rates[-2]
+    assert ramped.weight_decays[-1] == 0.1 > ramped.weight_decays[-2]
+
+
+def test_warmup_fraction_and_wsd():
+    options = BASE.replace("--lr-warmup-iters 1", "--lr-warmup-fraction 0.5")
+    length = Fraction(sum(8 * TOKENS.per_sample(k) for k in KEPT), TOKENS.dense)
+    ours = train(f"{options} {LTD} --layer-token-lr")
+    lrs, _ = expected(KEPT, [8] * STEPS, warmup=length / 2, decay=length, weight_decay=1)
+    assert ours.learning_rates == pytest.approx(lrs, rel=1e-12)
+    wsd = BASE.replace("cosine", "WSD --lr-wsd-decay-style linear")
+    ours = train(f"{wsd} {LTD} --layer-token-lr --lr-wsd-decay-iters 2")
+    done = [sum(8 * TOKENS.per_sample(k) for k in KEPT[: n + 1]) / TOKENS.dense for n in range(6)]
+    fall = [max(0.0, (d - (float(length) - 16)) / 16) for d in done]
+    by_hand = [
+        1e-4 + (3e-3 - 1e-4) * (1 - f) if d > 8 else 3e-3 * d / 8
+        for d, f in zip(done, fall, strict=True)
+    ]
+    assert ours.learning_rates == pytest.approx(by_hand, rel=1e-12)
+    with pytest.raises(AssertionError, match="--lr-wsd-decay-iters 5 is 40 samples, too long"):
+        train(f"{wsd} {LTD} --layer-token-lr --lr-wsd-decay-iters 5")
+
+
+def test_a_run_of_one_step():
+    options = BASE.replace(f"--train-iters {STEPS}", "--train-iters 1")
+    ours = train(f"{options} {LTD} --layer-token-lr".replace("--lr-warmup-iters 1", ""))
+    assert ours.learning_rates == [1e-4]
+
+
+def _train_with_failures(arguments: list[str], skipped: int, exits: int):
+    """Train as `tests.parallel.train`; one update fails, and one step ends the run."""
+    from megatron.core import rerun_state_machine
+    from megatron.core.optimizer import optimizer
+
+    steps = []
+
+    def prepared(original):
+        def wrapper(self, *args, **kwargs):
+            steps.append(1)
+            return (False, None, None) if len(steps) == skipped else original(self, *args, **kwargs)
+
+        return wrapper
+
+    def asked(original):
+        asked_for = []
+
+        def wrapper(self):
+            asked_for.append(1)
+            return (False, True, 0) if len(asked_for) == exits else original(self)
+
+        return wrapper
+
+    optimizer.ChainedOptimizer.step = prepared(optimizer.ChainedOptimizer.step)
+    machine = rerun_state_machine.RerunStateMachine
+    machine.should_checkpoint_and_exit = asked(machine.should_checkpoint_and_exit)
+    return train_on_this_rank("pretrain_gpt", arguments)
+
+
+def test_skipped_updates_and_steps_that_end_a_run():
+    (ours,) = run(1, _train_with_failures, f"{BASE} {LTD} --layer-token-lr".split(), 3, 5)
+    tokens = [8 * TOKENS.per_sample(k) for k in KEPT]
+    # Four steps are done, the fifth ends before its update; the third computes and changes nothing.
+    assert ours["layer_tokens"] == sum(tokens[:4])
+    assert len(ours["learning_rates"]) == 5
+    length = Fraction(sum(tokens), TOKENS.dense)
+    updates = [KEPT[0], KEPT[1], KEPT[3]]
+    lrs, _ = expected(updates, [8] * 3, warmup=8, decay=length, weight_decay=1)
+    assert ours["learning_rates"] == pytest.approx([lrs[0], lrs[1], lrs[1], lrs[2], lrs[2]])

@@ -8,7 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_rltd import versions
 from megatron_rltd.config import Model, RandomLTDConfig, resolve
-from megatron_rltd.metrics import FlopsSinceLog, floating_point_operations, write_scalars
+from megatron_rltd.metrics import (
+    FlopsSinceLog,
+    add_to_log_line,
+    floating_point_operations,
+    write_scalars,
+)
 from megatron_rltd.random_ltd import RandomLTD
 from tests.gpt import BATCH, SEQ, VOCAB, batch, build, one_process
 
@@ -151,7 +156,6 @@ def test_weights_and_biases_get_what_tensorboard_gets(monkeypatch):
     assert logged == [
         ({"random-ltd layer tokens": 640}, 10),
         ({"random-ltd share of dense": 0.5}, 10),
-        ({"layer tokens vs steps": 640}, 10),
     ]
     assert scalars[2:] == [
         ("learning-rate vs layer tokens", 1e-3, 640),
@@ -168,8 +172,21 @@ def test_the_log_gets_the_mean_of_its_steps():
         assert not flops.is_for_log
         flops.add(operations)
     assert flops.is_for_log
-    assert flops.mean(is_reset=False) == 3.0
-    assert flops.mean(is_reset=True) == 3.0
+    flops.is_reset_by_log = False
+    assert flops.mean() == 3.0
+    flops.is_reset_by_log = True
+    assert flops.mean() == 3.0
     flops.begin_step()
     flops.add(5.0)
-    assert flops.mean(is_reset=True) == 5.0
+    assert flops.mean() == 5.0
+
+
+@pytest.mark.parametrize(
+    ("before", "skipped", "steps"), [(0, 0, 1), (2, 0, 3), (2, 1, 2), (0, 1, 1)]
+)
+def test_the_log_line_has_values_and_no_means(before, skipped, steps):
+    losses = {"advanced iterations": before} if before else {}
+    add_to_log_line(losses, skipped, 640, 0.5)
+    # Megatron adds the step and divides by the steps that were not skipped.
+    assert losses["random-ltd layer tokens"].item() / steps == 640
+    assert losses["random-ltd share of dense"].item() / steps == 0.5

@@ -47,11 +47,14 @@ def test_a_run_ends_when_its_budget_is_used_up(ramp, unit):
     assert ours.learning_rates[-1] == 1e-4 < ours.learning_rates[-2]
     if unit == "samples":
         assert ours.arguments["train_samples"] == 8 * len(steps)
-        assert ours.arguments["lr_decay_samples"] == BUDGET // SEQ
-    else:
-        assert ours.arguments["train_iters"] == len(steps)
-        assert ours.arguments["lr_decay_iters"] == BUDGET // SEQ // 8
+    assert ours.arguments["train_iters"] == len(steps)
+    assert ours.arguments["lr_decay_steps"] == BUDGET / SEQ
     assert f"iteration{len(steps):9d}/{len(steps):8d} |" in ours.output  # progress
+
+
+RAMP_UP = f"--step-batch-size-schedule 0:4,{16 * SEQ}:8"
+if versions.release() < (0, 18):
+    RAMP_UP = "--global-batch-size 8 --rampup-batch-size 4 4 15"
 
 
 def ramp_up(samples: int) -> int:
@@ -60,10 +63,7 @@ def ramp_up(samples: int) -> int:
 
 @pytest.mark.parametrize("ramp", [IN_ITERS, IN_SAMPLES])
 def test_batch_size_ramp_up(ramp, tmp_path):
-    flags = f"--step-batch-size-schedule 0:4,{16 * SEQ}:8"
-    if versions.release() < (0, 18):
-        flags = "--global-batch-size 8 --rampup-batch-size 4 4 15"
-    line = f"{BASE} {OPTIONS} {ramp} {flags} --train-layer-tokens {BUDGET}"
+    line = f"{BASE} {OPTIONS} {ramp} {RAMP_UP} --train-layer-tokens {BUDGET}"
     ours = train(f"{line} --save {tmp_path} --save-interval 7 {FORMAT}")
     steps = steps_by_hand(ramp, ramp_up)
     assert [batch for batch, _ in steps] != [8] * len(steps)
@@ -83,8 +83,9 @@ def rewind_to(folder, iteration: int) -> None:
 
 @pytest.mark.parametrize("ramp", [IN_ITERS, IN_SAMPLES])
 @pytest.mark.parametrize(("batch", "world_size"), [(12, 1), (4, 2)])
-def test_another_batch_size_from_the_middle(tmp_path, ramp, batch, world_size):
-    line = f"{BASE} {OPTIONS} {ramp} --lr-warmup-samples 8 --train-layer-tokens {BUDGET} {FORMAT}"
+@pytest.mark.parametrize("warmup", ["--lr-warmup-samples 8", "--lr-warmup-fraction 0.1"])
+def test_another_batch_size_from_the_middle(tmp_path, ramp, batch, world_size, warmup):
+    line = f"{BASE} {OPTIONS} {ramp} {warmup} --train-layer-tokens {BUDGET} {FORMAT}"
     first = train(f"{line} --global-batch-size 8 --save {tmp_path} --save-interval 3")
     rewind_to(tmp_path, 3)
     resumed = train(f"{line} --global-batch-size {batch} --load {tmp_path}", world_size)
@@ -94,7 +95,17 @@ def test_another_batch_size_from_the_middle(tmp_path, ramp, batch, world_size):
     assert len(resumed.losses) == len(after)
     assert resumed.arguments["train_samples"] == 24 + batch * len(after)
     assert resumed.learning_rates[-1] == 1e-4 < resumed.learning_rates[-2]
-    assert first.arguments["lr_decay_samples"] == resumed.arguments["lr_decay_samples"]
+    assert first.arguments["lr_decay_steps"] == resumed.arguments["lr_decay_steps"]
+
+
+@pytest.mark.skipif(versions.release() < (0, 19), reason="a flag of Megatron 0.19")
+def test_a_run_that_is_rewound_counts_from_its_schedule(tmp_path):
+    line = f"{BASE} {OPTIONS} {IN_ITERS} --global-batch-size 8 --train-layer-tokens {BUDGET}"
+    whole = train(f"{line} {FORMAT} --save {tmp_path} --save-interval 5")
+    rewind_to(tmp_path, 5)
+    again = train(f"{line} {FORMAT} --load {tmp_path} --override-ckpt-iteration 2")
+    assert again.kept == whole.kept[2:]
+    assert again.layer_tokens == whole.layer_tokens
 
 
 def test_a_budget_that_is_used_up_trains_no_further(tmp_path):
@@ -103,9 +114,10 @@ def test_a_budget_that_is_used_up_trains_no_further(tmp_path):
     again = train(f"{line} --train-layer-tokens {BUDGET} --load {tmp_path}")
     assert again.losses == []
     assert again.layer_tokens == whole.layer_tokens
-    # As with --train-iters, Megatron wants to be told that the schedule may change.
-    further = f"--train-layer-tokens {BUDGET + 512} --override-opt-param-scheduler"
-    more = train(f"{line} {further} --load {tmp_path}")
+    further = f"{line} --train-layer-tokens {BUDGET + 512} --load {tmp_path}"
+    message = error_of(further)
+    assert f"is of a run of --train-layer-tokens {BUDGET}, not {BUDGET + 512}: add" in message
+    more = train(f"{further} --override-opt-param-scheduler")
     assert len(more.losses) == 1
 
 
@@ -113,13 +125,22 @@ def test_length_and_budget_must_agree(tmp_path):
     steps = len(steps_by_hand(IN_ITERS, lambda samples: 8))
     line = f"{BASE} {OPTIONS} {IN_ITERS} --global-batch-size 8 --train-layer-tokens {BUDGET}"
     message = error_of(f"{line} --train-iters 6")
-    assert f"--train-layer-tokens {BUDGET} takes --train-iters {steps}, not 6" in message
+    assert f"--train-layer-tokens {BUDGET} takes --train-iters {steps} from" in message
+    assert "not 6: leave --train-iters away" in message
     message = error_of(f"{line} --train-samples 48")
-    assert f"--train-layer-tokens {BUDGET} takes --train-samples {8 * steps}, not 48" in message
+    assert f"--train-layer-tokens {BUDGET} takes --train-samples {8 * steps} from" in message
     message = error_of(f"{line} --lr-warmup-iters 1 --lr-decay-samples 5")
-    assert "--lr-warmup-iters counts iterations and --lr-decay-samples samples" in message
+    assert "--lr-decay-samples samples: give all in one unit" in message
     message = error_of(f"{line} --lr-warmup-samples 70")
-    assert f"--lr-warmup-samples 70 must be less than --lr-decay-samples {BUDGET // SEQ}" in message
+    assert "--lr-warmup-samples 70 is 70 samples, too long" in message
+    assert f"decays over {BUDGET / SEQ}" in message
+    message = error_of(f"{line} --lr-warmup-samples 7 --lr-warmup-fraction 0.1")
+    assert "give one of --lr-warmup-fraction and --lr-warmup-samples" in message
+    message = error_of(f"{line} --iterations-to-skip 3")
+    assert "--iterations-to-skip makes a run shorter than --train-layer-tokens" in message
+    growing = line.replace("--global-batch-size 8", RAMP_UP)
+    message = error_of(f"{growing} --lr-warmup-iters 1")
+    assert "--lr-warmup-iters is no number of samples with" in message
     message = error_of(line.replace(f"--train-layer-tokens {BUDGET}", "--train-layer-tokens -1"))
     assert "--train-layer-tokens -1 must be positive" in message
     agreed = train(f"{line} --train-iters {steps}")
@@ -140,8 +161,24 @@ def test_budget_without_its_learning_rate():
     ours: Training = train(line.replace("--layer-token-lr", ""))
     steps = steps_by_hand(IN_ITERS, lambda samples: 8)
     assert len(ours.losses) == len(steps)
-    assert ours.arguments["lr_decay_samples"] == 8 * len(steps)
+    assert ours.arguments["lr_decay_steps"] == 8 * len(steps)
     assert ours.learning_rates[-1] == 1e-4
+
+
+def test_another_batch_size_without_its_learning_rate(tmp_path):
+    options = OPTIONS.replace("--layer-token-lr", "--weight-decay-incr-style linear")
+    options += " --start-weight-decay 0.01 --end-weight-decay 0.1"
+    line = f"{BASE} {options} {IN_ITERS} --train-layer-tokens {BUDGET} {FORMAT}"
+    first = train(f"{line} --global-batch-size 8 --save {tmp_path} --save-interval 3")
+    rewind_to(tmp_path, 3)
+    resumed = train(f"{line} --global-batch-size 4 --load {tmp_path}")
+    assert resumed.arguments["lr_decay_steps"] == first.arguments["lr_decay_steps"]
+    assert resumed.layer_tokens >= BUDGET * LAYERS
+    # Its end moves with the run's if the command line is to win.
+    moved = train(f"{line} --global-batch-size 4 --load {tmp_path} --override-opt-param-scheduler")
+    assert moved.arguments["lr_decay_steps"] == moved.arguments["train_samples"]
+    assert moved.learning_rates[-1] == 1e-4 < moved.learning_rates[-2]
+    assert moved.weight_decays[-1] == 0.1 > moved.weight_decays[-2]
 
 
 def test_a_budget_is_quick_to_plan_at_any_size():

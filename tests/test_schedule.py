@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from megatron_rltd.schedule import LayerTokens, Progress, Schedule, integer_root
@@ -80,8 +82,10 @@ def test_golden_values_of_the_gpt3_budgets():
 @pytest.mark.parametrize("start", [0, 1, 39, 2000])
 def test_sums_equal_adding_up_step_by_step(schedule, stride, start):
     for steps in (0, 1, 5, 100, 1000):
-        by_hand = sum(schedule.kept_tokens(start + i * stride) for i in range(steps))
-        assert schedule.kept_token_sum(steps, stride, start) == by_hand
+        by_hand = [schedule.kept_tokens(start + i * stride) for i in range(steps)]
+        assert schedule.kept_token_sum(steps, stride, start) == sum(by_hand)
+        in_a_row = [(kept, len(list(same))) for kept, same in itertools.groupby(by_hand)]
+        assert list(schedule.kept_lengths(steps, stride, start)) == in_a_row
 
 
 @pytest.mark.parametrize("schedule", CASES)

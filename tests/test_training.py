@@ -383,6 +383,8 @@ def test_log_lines_count_the_steps_since_the_last(alone, dense):
     # Megatron also logs the first step by itself, without starting anew after it.
     means = [sum(seldom.flops[:3]) / 3, sum(seldom.flops[3:]) / 3]
     assert seldom.logged_flops == pytest.approx([seldom.flops[0], *means], rel=1e-12)
+    both = sum(alone.flops[:2]) / 2
+    assert alone.logged_flops == pytest.approx([alone.flops[0], both, *alone.flops[2:]], rel=1e-12)
 
 
 def test_logs_have_layer_tokens_as_a_third_axis(tmp_path):

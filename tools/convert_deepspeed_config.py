@@ -159,6 +159,12 @@ def convert(config: object, launch: Launch, pass_through: bool = False) -> Conve
         result.add(flag("layers"), options.layers)
 
     constant_batch = None if "--rampup-batch-size" in launch else batch_size
+    if constant_batch is None and batch_size is not None:
+        result.warnings.append(
+            "--rampup-batch-size is ignored by Megatron 0.18 and newer: say the same with "
+            "--step-batch-size-schedule, which takes the place of --global-batch-size; lengths of "
+            "the DeepSpeed run are not compared"
+        )
     run = Run(resolved.schedule, num_layers, len(resolved.dropped_layers), constant_batch)
     convert_budget(launch, run, result)
     convert_learning_rate(launch, run, result)

@@ -108,7 +108,9 @@ def convert_budget(launch: Launch, run: Run, result: Conversion) -> None:
     for name in ("--train-samples", "--train-iters"):
         why = "only a limit beside --train-tokens; an error beside --train-layer-tokens"
         result.remove(launch, name, why)
-    if not follows_tokens(launch):
+    if not follows_tokens(launch) and not {"--lr-decay-iters", "--lr-decay-samples"} & set(
+        launch.options
+    ):
         result.warnings.append(
             "the learning rate followed iterations or samples up to the limit, not tokens; say "
             "with --lr-decay-samples how long it decays"

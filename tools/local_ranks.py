@@ -192,7 +192,7 @@ class Training:
         layer_tokens: ``args.random_ltd_layer_tokens`` at the end, if there.
         learning_rates: After each step.
         weight_decays: After each step.
-        arguments: Megatron's numbers for the length of the run and its learning rate, at the end.
+        arguments: The numbers for the length of the run and its learning rate, at the end.
         output: What rank 0 printed.
     """
 
@@ -205,7 +205,7 @@ class Training:
     learning_rates: list[float]
     weight_decays: list[float]
     layer_tokens: int | None
-    arguments: dict[str, int | None]
+    arguments: dict[str, int | float | None]
     output: str
 
 
@@ -250,6 +250,7 @@ def train_on_this_rank(script: str, arguments: list[str]) -> dict[str, Any]:
     record["layer_tokens"] = getattr(get_args(), "random_ltd_layer_tokens", None)
     names = ("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples")
     record["arguments"] = {name: getattr(get_args(), name) for name in names}
+    record["arguments"] |= getattr(get_args(), "random_ltd_scheduler_settings", {})
     return record
 
 
