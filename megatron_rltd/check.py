@@ -23,13 +23,14 @@ def main() -> int:
         return 1
     import torch
 
-    from megatron_rltd import cpu, patches
+    from megatron_rltd import cpu, kernels, patches
 
     rows = [("megatron_rltd", __version__), ("Python", platform.python_version())]
     rows.append(("torch", torch.__version__))
     rows += [(name, versions.package_version(name) or "not installed") for name in PACKAGES]
     rows.append(("device", "CPU (gloo)" if cpu.is_needed() else torch.cuda.get_device_name()))
-    rows.append(("token moves", "torch"))
+    device = "cpu" if cpu.is_needed() else "cuda"
+    rows.append(("kernels", kernels.missing_for(device) or f"built for {device.upper()}"))
     rows.append(("Megatron in use", versions.megatron_version()))
     rows.append(("tested with", ", ".join(versions.tested_versions())))
     _print(rows)

@@ -70,8 +70,9 @@ class RandomLTDConfig:
     seed: int | None = None
     """Seed of the sampling of kept tokens. Default: --seed."""
 
-    backend: Literal["auto", "torch"] = "auto"
-    """Implementation that moves the tokens."""
+    backend: Literal["auto", "cuda", "torch"] = "auto"
+    """Implementation that chooses and moves the tokens: the compiled kernels where they are built
+    and else plain torch, the kernels or an error, or plain torch."""
 
     preflight: bool = False
     """Before the second iteration, run one forward and backward at full length without an update,

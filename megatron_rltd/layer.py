@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_rltd.ops import gather_tokens, select_mask
 from megatron_rltd.packed import kept_packed_angles, kept_packed_seq_params
 from megatron_rltd.token_drop import Run
 
@@ -170,12 +171,9 @@ def kept_angles(angles: Tensor, local: Tensor) -> Tensor:
         [k/c, b, 1, d]: one set of angles for each sample, or [k/c, 1, 1, d] if the samples keep
         the same tokens.
     """
-    length, batch, _, width = angles.shape
-    if batch > 1:
-        index = local.t()[:, :, None, None].expand(-1, batch, 1, width)
-        return angles.gather(0, index.long())
-    rows = angles.view(length, width).index_select(0, local.t().flatten())
-    return rows.view(local.size(1), local.size(0), 1, width)
+    batch = max(angles.size(1), local.size(0))
+    table = angles.squeeze(2).expand(-1, batch, -1)
+    return gather_tokens(table, local.expand(batch, -1)).unsqueeze(2)
 
 
 def kept_mask(mask: Tensor, kept: KeptTokens) -> Tensor:
@@ -187,14 +185,9 @@ def kept_mask(mask: Tensor, kept: KeptTokens) -> Tensor:
     Returns:
         [b, 1, k/c or 1, k].
     """
-    batch = kept.positions.size(0)
-    mask = mask.expand(max(batch, mask.size(0)), -1, -1, -1)
-    batch = mask.size(0)
-    if mask.size(2) > 1:
-        index = kept.local.long()[:, None, :, None]
-        mask = mask.gather(2, index.expand(batch, mask.size(1), -1, mask.size(3)))
-    index = kept.positions.long()[:, None, None, :]
-    return mask.gather(3, index.expand(batch, mask.size(1), mask.size(2), -1))
+    batch = max(kept.positions.size(0), mask.size(0))
+    mask = mask.expand(batch, -1, -1, -1)
+    return select_mask(mask, kept.local.expand(batch, -1), kept.positions.expand(batch, -1))
 
 
 def kept_padding(mask: Tensor, kept: KeptTokens) -> Tensor:

@@ -1,12 +1,12 @@
-"""Moving tokens: torch.library ops with fake implementations and autograd.
+"""Choosing and moving tokens: torch.library ops with fake implementations and autograd.
 
 Public: `gather_tokens` and `scatter_tokens`, out of place and each correct on its own.
 Private to a run of dropped layers (`token_drop`): `split_tokens`, `exchange_tokens` and
 `merge_tokens`, which move rows through one private buffer in place. They rely on the buffer having
 no other reader, in forward and in backward; do not use them elsewhere.
 
-`reference` implements the ops for every device. A compiled extension may add implementations for
-a device under the same op names; `use_backend("torch")` keeps to the reference.
+`reference` implements the ops for every device. The compiled `kernels`, where they are built, do
+for theirs under the same op names; `use_backend("torch")` keeps to the reference.
 
 Shapes: s sequence length on this rank, b micro batch, h hidden size, k kept tokens on this rank.
 Hidden states [s, b, h], any dtype; indices [b, k] int32, distinct and ascending in each row.
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_rltd import reference
+from megatron_rltd import kernels, reference
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "cuda", "torch")
 _LIBRARY = torch.library.Library("megatron_rltd", "DEF")
 _SCHEMAS = {
     "gather": "(Tensor hidden_states, Tensor indices) -> Tensor",
@@ -27,23 +27,32 @@ _SCHEMAS = {
     "exchange_": "(Tensor(a!) buffer, Tensor tokens, Tensor indices, Tensor next_indices)"
     " -> Tensor",
     "merge_": "(Tensor(a!) buffer, Tensor tokens, Tensor indices) -> ()",
+    "sample": "(int seed, Tensor layer_numbers, Tensor samples, int seq_length, int kept_tokens,"
+    " int strata) -> Tensor",
+    "select_mask": "(Tensor mask, Tensor rows, Tensor columns) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
+kernels.load()
 _ops = torch.ops.megatron_rltd
 
 
 def use_backend(backend: str) -> None:
     """Choose the implementation: "auto" the fastest there is, "torch" `reference`.
 
+    "cuda" is "auto", but refuses to do without the kernels for a GPU.
+
     Raises:
-        ValueError: Not one of `BACKENDS`.
+        ValueError: Not one of `BACKENDS`, or not there.
     """
     global _ops
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} must be one of {', '.join(BACKENDS)}")
+    missing = kernels.missing_for("cuda") if backend == "cuda" else None
+    if missing:
+        raise ValueError(f"backend 'cuda': the kernels are {missing}")
     _ops = reference if backend == "torch" else torch.ops.megatron_rltd
 
 
@@ -75,6 +84,18 @@ def _(buffer, tokens, indices, next_indices):
 @torch.library.register_fake("megatron_rltd::merge_", lib=_LIBRARY)
 def _(buffer, tokens, indices):
     return None
+
+
+@torch.library.register_fake("megatron_rltd::sample", lib=_LIBRARY)
+def _(seed, layer_numbers, samples, seq_length, kept_tokens, strata):
+    shape = (layer_numbers.size(0), samples.size(0), kept_tokens)
+    return samples.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.register_fake("megatron_rltd::select_mask", lib=_LIBRARY)
+def _(mask, rows, columns):
+    batch, heads, length, _ = mask.shape
+    return mask.new_empty(batch, heads, 1 if length == 1 else rows.size(1), columns.size(1))
 
 
 def _save_indices(ctx, inputs, output):
@@ -232,3 +253,33 @@ def merge_tokens(buffer: Tensor, tokens: Tensor, indices: Tensor) -> Tensor:
     """End a run: put back the last layer's rows and return the buffer, now the hidden states."""
     _check(buffer, indices, tokens)
     return _Merge.apply(buffer, tokens, indices)
+
+
+def sample(
+    seed: int,
+    layer_numbers: Tensor,
+    samples: Tensor,
+    seq_length: int,
+    kept_tokens: int,
+    strata: int = 1,
+) -> Tensor:
+    """Return the positions that each layer keeps of each sample, [l, b, k] int32, ascending.
+
+    Args: See `megatron_rltd.sampling.kept_indices`, which defines them.
+    """
+    signed = seed - 2**64 if seed >= 2**63 else seed  # an op takes no larger integer
+    return _ops.sample(signed, layer_numbers, samples, seq_length, kept_tokens, strata)
+
+
+def select_mask(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the rows and columns of an attention mask that belong to kept tokens.
+
+    Args:
+        mask: [b, a, s or 1, s], elements of one byte; its columns contiguous.
+        rows: [b, i] int32.
+        columns: [b, j] int32.
+
+    Returns:
+        [b, a, i or 1, j].
+    """
+    return _ops.select_mask(mask, rows, columns)

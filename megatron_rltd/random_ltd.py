@@ -14,14 +14,15 @@ everything outside a step run at full length.
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_rltd import kernels, ops, versions
 from megatron_rltd import layer as dropped_layer
-from megatron_rltd import ops, sampling, versions
 from megatron_rltd.block import check_layers, plan_recomputation, plan_run_ends
 from megatron_rltd.config import ConfigError, Model, RandomLTDConfig, Resolved, resolve
 from megatron_rltd.layer import KeptTokens, MicroBatch
@@ -29,6 +30,8 @@ from megatron_rltd.packed import flatten_samples
 from megatron_rltd.refusals import refused
 from megatron_rltd.schedule import Progress
 from megatron_rltd.shards import context_parallel_strata, sequence_parallel_strata
+
+_logger = logging.getLogger(__name__)
 
 
 class RandomLTD:
@@ -92,12 +95,22 @@ class RandomLTD:
         blocks = [b for b in blocks if any(n.layer_number in dropped for n in b.layers)]
         for block in blocks:
             check_layers(block)
+        self._report_kernels(blocks)
         for block in blocks:
             _override(block, functools.partial(self._block_forward, block, block.forward))
             for layer in block.layers:
                 _override(layer, functools.partial(dropped_layer.forward, layer, layer.forward))
         self._blocks += blocks
         return self
+
+    def _report_kernels(self, blocks: list[Any]) -> None:
+        device = next((p.device.type for block in blocks for p in block.parameters()), "cpu")
+        missing = kernels.missing_for(device)
+        if missing and device == "cuda" and self.config.backend != "torch":
+            message = "random-LTD: tokens move in plain torch, for the kernels are %s"
+            from megatron.core.utils import log_single_rank
+
+            log_single_rank(_logger, logging.WARNING, message, missing)
 
     def detach(self) -> None:
         """Give the model its own forwards back."""
@@ -219,7 +232,7 @@ class RandomLTD:
                 "constant length is attach(seq_length=...)"
             )
         device = hidden_states.device
-        positions = sampling.kept_indices(
+        positions = ops.sample(
             self.resolved.seed,
             _on_device(tuple(dropped), device),
             self._samples(block, samples, device),

@@ -1,4 +1,4 @@
-"""Moving tokens in plain torch: the definition that `ops` and every kernel are tested against.
+"""Choosing and moving tokens in plain torch: what `ops` and every kernel are tested against.
 
 Shapes: s sequence length on this rank, b micro batch, h hidden size, k kept tokens on this rank.
 Hidden states are [s, b, h] as in Megatron; kept indices are [b, k] int32, distinct and ascending
@@ -10,6 +10,8 @@ rows that the current layer keeps are in its tokens and arbitrary in the buffer.
 
 import torch
 from torch import Tensor
+
+from megatron_rltd.sampling import kept_indices
 
 
 def flat_rows(indices: Tensor) -> Tensor:
@@ -27,8 +29,11 @@ def gather(hidden_states: Tensor, indices: Tensor) -> Tensor:
     """
     _, batch, width = hidden_states.shape
     kept = hidden_states.new_empty(indices.size(1), batch, width)
-    rows = hidden_states.reshape(-1, width)
-    torch.index_select(rows, 0, flat_rows(indices), out=kept.view(-1, width))
+    if hidden_states.stride(1) == 0:  # one table for all samples, which reshape would copy
+        rows, index = hidden_states[:, 0], indices.t().flatten()
+    else:
+        rows, index = hidden_states.reshape(-1, width), flat_rows(indices)
+    torch.index_select(rows, 0, index, out=kept.view(-1, width))
     return kept
 
 
@@ -36,6 +41,8 @@ def scatter_(hidden_states: Tensor, tokens: Tensor, indices: Tensor) -> None:
     """Write tokens [k, b, h] to the kept rows of hidden_states [s, b, h], which is contiguous."""
     width = hidden_states.size(-1)
     rows = flat_rows(indices).to(torch.int64)  # index_copy_ takes no int32
+    if hidden_states.itemsize == 1:  # and no FP8
+        hidden_states, tokens = hidden_states.view(torch.uint8), tokens.view(torch.uint8)
     hidden_states.view(-1, width).index_copy_(0, rows, tokens.reshape(-1, width))
 
 
@@ -72,3 +79,25 @@ def exchange_(buffer: Tensor, tokens: Tensor, indices: Tensor, next_indices: Ten
 def merge_(buffer: Tensor, tokens: Tensor, indices: Tensor) -> None:
     """Put tokens [k, b, h] back into the buffer [s, b, h], which is then whole."""
     scatter_(buffer, tokens, indices)
+
+
+def sample(
+    seed: int,
+    layer_numbers: Tensor,
+    samples: Tensor,
+    seq_length: int,
+    kept_tokens: int,
+    strata: int,
+) -> Tensor:
+    """Return `kept_indices`; the seed may be given as a signed 64-bit integer."""
+    return kept_indices(seed % 2**64, layer_numbers, samples, seq_length, kept_tokens, strata)
+
+
+def select_mask(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return rows [b, i] and columns [b, j] of a mask [b, a, s or 1, s]: [b, a, i or 1, j]."""
+    heads = mask.size(1)
+    if mask.size(2) > 1:
+        index = rows.long()[:, None, :, None]
+        mask = mask.gather(2, index.expand(-1, heads, -1, mask.size(3)))
+    index = columns.long()[:, None, None, :]
+    return mask.gather(3, index.expand(-1, heads, mask.size(2), -1))

@@ -1,15 +1,18 @@
+import random
+
 import pytest
 import torch
 
-from megatron_rltd import ops, reference
+from megatron_rltd import kernels, ops, reference
 from megatron_rltd.ops import gather_tokens, scatter_tokens
+from megatron_rltd.sampling import kept_indices
 from megatron_rltd.token_drop import Run
 
 SHAPES = [(5, 2, 3, 2), (7, 3, 4, 7), (4, 1, 2, 1), (6, 2, 5, 3), (3, 2, 4, 0)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 
 
-@pytest.fixture(autouse=True, params=ops.BACKENDS)
+@pytest.fixture(autouse=True, params=["auto", "torch"])
 def backend(request):
     ops.use_backend(request.param)
     yield request.param
@@ -91,9 +94,103 @@ def test_library_ops_pass_opcheck():
     torch.library.opcheck(library.gather, (hidden.requires_grad_(), indices))
     torch.library.opcheck(library.scatter, (hidden, tokens.requires_grad_(), indices))
     plain, rows = hidden.detach(), tokens.detach()
-    torch.library.opcheck(library.split, (plain, indices))
-    torch.library.opcheck(library.exchange_, (plain.clone(), rows, indices, indices))
+    # Rows that nobody may read differ from call to call; without any, outputs can be compared.
+    some = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(library.split, (plain, indices), test_utils=some)
+    exchanged = (plain.clone(), rows, indices, indices)
+    torch.library.opcheck(library.exchange_, exchanged, test_utils=some)
+    none = indices[:, :0]
+    torch.library.opcheck(library.split, (plain, none))
+    torch.library.opcheck(library.exchange_, (plain.clone(), rows, indices, none))
     torch.library.opcheck(library.merge_, (plain.clone(), rows, indices))
+    numbers = torch.tensor([2, 3])
+    torch.library.opcheck(library.sample, (7, numbers, numbers, 8, 4, 2))
+    mask = torch.rand(2, 1, 5, 5, generator=generator) > 0.5
+    torch.library.opcheck(library.select_mask, (mask, indices, indices))
+
+
+def same_bytes(a, b):
+    return a.shape == b.shape and torch.equal(*(x.contiguous().view(torch.uint8) for x in (a, b)))
+
+
+MOVED = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_library_ops_equal_the_reference_bit_for_bit(seed):
+    """Random shapes, dtypes, strides and index sets: what a compiled implementation must equal."""
+    random_ = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    library = torch.ops.megatron_rltd
+    rows, batch = random_.randint(1, 40), random_.randint(1, 4)
+    width = random_.choice([1, 3, 8, 16, 33, 64, 300])
+    dtype = MOVED[seed % len(MOVED)]
+    kept, next_kept = random_.randint(0, rows), random_.randint(0, rows)
+    indices = random_indices(rows, batch, kept, generator)
+    next_indices = random_indices(rows, batch, next_kept, generator)
+
+    def values(*shape):
+        return (torch.randn(*shape, generator=generator) * 20).to(dtype)
+
+    hidden = [
+        values(rows, batch, width),
+        values(batch, rows, width).transpose(0, 1),
+        values(rows, batch, 2 * width)[..., ::2],
+        values(rows, 1, width).expand(-1, batch, -1),
+    ][seed % 4]
+    tokens = values(kept, batch, width)
+    before = hidden.clone()
+    assert same_bytes(library.gather(hidden, indices), reference.gather(hidden, indices))
+    whole = reference.scatter(hidden, tokens, indices)
+    assert same_bytes(library.scatter(hidden, tokens, indices), whole)
+    moved, buffer = library.split(hidden, indices)
+    assert same_bytes(moved, reference.gather(hidden, indices))
+    poisoned = reference.flat_rows(indices).long()
+    buffer.view(torch.uint8).view(rows * batch, -1)[poisoned] = 255
+    following = library.exchange_(buffer, tokens, indices, next_indices)
+    assert same_bytes(following, reference.gather(whole, next_indices))
+    poisoned = reference.flat_rows(next_indices).long()
+    buffer.view(torch.uint8).view(rows * batch, -1)[poisoned] = 255
+    library.merge_(buffer, following, next_indices)
+    assert same_bytes(buffer, whole)
+    assert same_bytes(hidden, before)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 200, 2048, 2049, 4100])
+@pytest.mark.parametrize("strata", [1, 3])
+def test_library_samples_equal_the_reference(length, strata):
+    layers = torch.tensor([2, 23])
+    samples = torch.tensor([2**32 - 1, 2**33 + 5])
+    few = length > 100
+    for seed in (2**63 + 9,) if few else (0, 2**64 - 1):
+        for kept in {1, length // 3} if few else {0, 1, length // 3, length - 1, length}:
+            arguments = (layers, samples, length * strata, kept * strata, strata)
+            ours = ops.sample(seed, *arguments)
+            assert torch.equal(ours, kept_indices(seed, *arguments))
+
+
+def test_library_selects_masks_as_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(3, 2, 9, 9, generator=generator) > 0.5
+    rows, columns = (random_indices(9, 3, k, generator) for k in (4, 7))
+    library = torch.ops.megatron_rltd
+    for part in (mask, mask[:, :, :1], mask[:1].expand(3, -1, -1, -1), mask[:, :1]):
+        ours = library.select_mask(part, rows, columns)
+        assert torch.equal(ours, reference.select_mask(part, rows, columns))
+    by_hand = [[mask[2, 1, i, j] for j in columns[2].tolist()] for i in rows[2].tolist()]
+    assert torch.equal(library.select_mask(mask, rows, columns)[2, 1], torch.tensor(by_hand))
+
+
+def test_library_ops_compile():
+    hidden, tokens = torch.randn(5, 2, 3), torch.randn(2, 2, 3)
+    indices = torch.tensor([[0, 3], [1, 2]], dtype=torch.int32)
+
+    def both(hidden, tokens):
+        return gather_tokens(hidden * 2, indices), scatter_tokens(hidden, tokens, indices)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(hidden, tokens), both(hidden, tokens), strict=True):
+        assert torch.equal(a, b)
 
 
 # A chain of layers, once through a run and once with plain indexing.
@@ -312,5 +409,12 @@ def test_arguments_that_do_not_fit(change, message):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="'fast' must be one of auto, torch"):
+    with pytest.raises(ValueError, match="'fast' must be one of auto, cuda, torch"):
         ops.use_backend("fast")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there may be kernels for a GPU")
+def test_kernels_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(kernels, "load", lambda: "not built")
+    with pytest.raises(ValueError, match="backend 'cuda': the kernels are not built"):
+        ops.use_backend("cuda")

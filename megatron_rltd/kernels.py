@@ -1,0 +1,37 @@
+"""The compiled kernels of ``csrc/``: load them if they are built here, say how if not.
+
+`ops` works without them, in plain torch.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+LIBRARY = "MEGATRON_RLTD_KERNELS"  # the environment's: a library to load instead, or empty for none
+BUILD = "MEGATRON_RLTD_CUDA=1 pip install --no-build-isolation --no-deps ."
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the kernels once; return why there are none, or None."""
+    chosen = os.environ.get(LIBRARY)
+    built = [chosen] if chosen else sorted(Path(__file__).parent.glob("_C*.so"))
+    if not built or chosen == "":
+        return f"not built; in a checkout of megatron_rltd: {BUILD}"
+    try:
+        torch.ops.load_library(str(built[0]))
+    except OSError as error:
+        return f"built for another torch ({str(error).splitlines()[0]}); build again: {BUILD}"
+    return None
+
+
+def missing_for(device_type: str) -> str | None:
+    """Return why there are no kernels for "cpu" or "cuda", or None if there are."""
+    missing = load()
+    if missing is None and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "megatron_rltd::gather", device_type.upper()
+    ):
+        missing = f"built without {device_type.upper()}; build again: {BUILD}"
+    return missing
