@@ -36,6 +36,16 @@ _flops = metrics.FlopsSinceLog()
 _preflight_due = False
 
 
+def check_units(args: Any) -> None:
+    """Check what Megatron's own validation would say less clearly.
+
+    Raises:
+        ConfigError: The length of the run is given in units that do not go together.
+    """
+    if getattr(args, "random_ltd", False):
+        run_length.check_units(args)
+
+
 def start(args: Any) -> None:
     """Check Megatron's validated arguments, make the runtime object and set the run's length.
 
@@ -49,6 +59,9 @@ def start(args: Any) -> None:
         _refuse_without_random_ltd(args)
         return
     resolved = validate(args)
+    lengths = (args.train_iters, args.train_samples, args.train_layer_tokens)
+    if not any(lengths) and not args.skip_train:
+        raise ConfigError(["give --train-iters, --train-samples or --train-layer-tokens"])
     _is_decay_given = args.lr_decay_iters is not None or args.lr_decay_samples is not None
     run_length.set_length(args, resolved)
     _use(RandomLTD(config_from_args(args), resolved), args)

@@ -23,6 +23,7 @@ def _add_arguments(original: Callable) -> Callable:
 def _validate_args(original: Callable) -> Callable:
     @functools.wraps(original)
     def validate_args(args, *rest, **kwargs):
+        megatron_loop.check_units(args)
         result = original(args, *rest, **kwargs)
         megatron_loop.start(args)
         return result

@@ -32,9 +32,7 @@ def set_length(args: Any, resolved: Resolved) -> None:
     """
     if not follows_layer_tokens(args):
         return
-    problems = _problems(args)
-    if not problems and args.train_layer_tokens is not None:
-        problems = _set_budget(args, resolved)
+    problems = _set_budget(args, resolved) if args.train_layer_tokens is not None else []
     if not problems and args.layer_token_lr and (args.train_iters or args.train_samples):
         problems = _learning_rate_problems(args, resolved)
     if problems:
@@ -46,7 +44,21 @@ def follows_layer_tokens(args: Any) -> bool:
     return args.layer_token_lr or args.train_layer_tokens is not None
 
 
-def _problems(args: Any) -> list[str]:
+def check_units(args: Any) -> None:
+    """Check how the length of a run and its learning rate are given, before Megatron does.
+
+    Args:
+        args: Megatron's parsed arguments.
+
+    Raises:
+        ConfigError: In units that do not go together.
+    """
+    problems = _unit_problems(args) if follows_layer_tokens(args) else []
+    if problems:
+        raise ConfigError(problems)
+
+
+def _unit_problems(args: Any) -> list[str]:
     problems = []
     budget = args.train_layer_tokens
     iterations, samples = (
@@ -55,16 +67,24 @@ def _problems(args: Any) -> list[str]:
     if budget is not None and budget <= 0:
         problems.append(f"--train-layer-tokens {budget} must be positive")
     if iterations and samples:
+        both = f"{_flag(iterations[0])} counts iterations and {_flag(samples[0])} samples: "
+        length = next((n for n in (iterations[-1], samples[-1]) if n.startswith("train")), None)
+        if budget is not None and length:
+            both += f"leave {_flag(length)} away, for --train-layer-tokens says how long the run is"
+        else:
+            both += "give all in one unit"
+        problems.append(both)
+    grows = args.step_batch_size_schedule if _knows_steps() else args.rampup_batch_size
+    if iterations and grows:
         problems.append(
-            f"{_flag(iterations[0])} counts iterations and {_flag(samples[0])} samples: give all "
-            "in one unit"
+            f"{_flag(iterations[0])} is no number of samples while the batch grows: give lengths "
+            "in samples (--train-samples, --lr-warmup-samples, ...)"
         )
-    for name in ("step_batch_size_schedule", "rampup_batch_size"):
-        if iterations and _batch_grows(args, name):
-            problems.append(
-                f"{_flag(iterations[0])} is no number of samples with {_flag(name)}: give lengths "
-                "in samples (--train-samples, --lr-warmup-samples, ...)"
-            )
+    if _knows_steps() and getattr(args, "rampup_batch_size", None):
+        problems.append(
+            "--rampup-batch-size is ignored by this Megatron: say the same with "
+            "--step-batch-size-schedule, which takes the place of --global-batch-size"
+        )
     for name in ("lr_warmup_iters", "lr_warmup_samples"):
         if args.lr_warmup_fraction is not None and getattr(args, name):
             problems.append(f"give one of --lr-warmup-fraction and {_flag(name)}, not both")
@@ -80,13 +100,12 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _batch_grows(args: Any, name: str) -> bool:
+def _knows_steps() -> bool:
+    """Return whether this is Megatron 0.18 or newer, of which other flags grow the batch."""
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 
-    # Megatron 0.18 still parses --rampup-batch-size and ignores it.
     known = inspect.signature(init_num_microbatches_calculator).parameters
-    ignored = name == "rampup_batch_size" and "step_batch_size_schedule" in known
-    return getattr(args, name, None) is not None and not ignored
+    return "step_batch_size_schedule" in known
 
 
 def _set_budget(args: Any, resolved: Resolved) -> list[str]:
@@ -117,8 +136,8 @@ def _learning_rate_problems(args: Any, resolved: Resolved) -> list[str]:
         if length > decay or (length == decay and "warmup" in name and length):
             problems.append(
                 f"{_flag(name)} {length // size} is {length} samples, too long for a learning rate "
-                f"that decays over {float(decay):.10g}: under --layer-token-lr these are samples' "
-                "worth of LayerTokens, by default those of the run"
+                f"that decays over {float(decay):.10g} samples: under --layer-token-lr these are "
+                "samples' worth of LayerTokens, by default those of the run"
             )
     return problems
 

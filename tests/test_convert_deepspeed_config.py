@@ -225,6 +225,11 @@ def test_what_differs_is_said(config, line, messages):
         assert [w for w in warnings if message in w], warnings
 
 
+def test_sections_that_are_not_read_are_said():
+    removed = convert({**GPT3, "bf16": {"enabled": True}, "zero_optimization": {}}).removed
+    assert "Megatron's own flags" in removed["bf16, zero_optimization"]
+
+
 def test_batch_ramp_up_is_said_to_be_ignored():
     config, line, _ = RECIPES["GPT-3 1.3B, 300B tokens"]
     said = convert(config, f"{line} --rampup-batch-size 32 32 1953125").warnings

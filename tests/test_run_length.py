@@ -133,14 +133,22 @@ def test_length_and_budget_must_agree(tmp_path):
     assert "--lr-decay-samples samples: give all in one unit" in message
     message = error_of(f"{line} --lr-warmup-samples 70")
     assert "--lr-warmup-samples 70 is 70 samples, too long" in message
-    assert f"decays over {BUDGET / SEQ}" in message
+    assert f"decays over {BUDGET / SEQ} samples" in message
     message = error_of(f"{line} --lr-warmup-samples 7 --lr-warmup-fraction 0.1")
     assert "give one of --lr-warmup-fraction and --lr-warmup-samples" in message
     message = error_of(f"{line} --iterations-to-skip 3")
     assert "--iterations-to-skip makes a run shorter than --train-layer-tokens" in message
     growing = line.replace("--global-batch-size 8", RAMP_UP)
     message = error_of(f"{growing} --lr-warmup-iters 1")
-    assert "--lr-warmup-iters is no number of samples with" in message
+    assert "--lr-warmup-iters is no number of samples while the batch grows" in message
+    message = error_of(f"{line} --train-iters 9 --lr-warmup-samples 7")
+    assert "--train-iters counts iterations and --lr-warmup-samples samples: leave" in message
+    assert "leave --train-iters away" in message
+    if versions.release() >= (0, 18):
+        message = error_of(f"{line} --rampup-batch-size 4 4 15")
+        assert "--rampup-batch-size is ignored by this Megatron" in message
+    message = error_of(line.replace(f"--train-layer-tokens {BUDGET}", ""))
+    assert "give --train-iters, --train-samples or --train-layer-tokens" in message
     message = error_of(line.replace(f"--train-layer-tokens {BUDGET}", "--train-layer-tokens -1"))
     assert "--train-layer-tokens -1 must be positive" in message
     agreed = train(f"{line} --train-iters {steps}")

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout needs no installation for this
 
@@ -117,6 +118,12 @@ def convert(config: object, launch: Launch, pass_through: bool = False) -> Conve
     """
     recipe = read_recipe(config)
     result = Conversion(warnings=[ALWAYS, *recipe.warnings])
+    others = [
+        key for key in cast(dict, config) if key not in ("train_batch_size", "data_efficiency")
+    ]
+    if others:
+        why = "nothing of random-LTD: say it with Megatron's own flags"
+        result.removed[", ".join(others)] = why
     if recipe.not_needed:
         result.removed[", ".join(recipe.not_needed)] = "known from the model"
 
