@@ -209,9 +209,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print the table."""
+    """Print a table of the ops alone, a line for each way to do one, and a table of the runs."""
     sizes = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
-    print(f"{sizes}\n\n{table(COLUMNS, results['rows'])}")
+    runs = [row for row in results["rows"] if row["what"].startswith(RUN)]
+    single: dict[tuple[str, str], Row] = {}
+    for row in results["rows"][: -len(runs)]:
+        line = single.setdefault((row["what"], row["way"]), {k: row[k] for k in ("what", "way")})
+        line[row["share"]] = f"{row['milliseconds']:,.3f} ({row['time_vs_torch']:.2f})"
+    lines = list(single.values())
+    columns = {key if key in COLUMNS else f"k/s {key}": (key, "") for key in lines[0]}
+    print(f"{sizes}\n\neach op alone, ms and (relative to torch):\n\n{table(columns, lines)}")
+    print(f"\na run of layers:\n\n{table(COLUMNS, runs)}")
 
 
 def main(argv: list[str] | None = None) -> int:
