@@ -1,0 +1,238 @@
+"""Training steps of a GPT of megatron-core at any kept length, in one process on one model.
+
+Shapes: s sequence length, b micro batch, h hidden size, v vocabulary.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_rltd import cpu
+from megatron_rltd.config import RandomLTDConfig
+from megatron_rltd.random_ltd import RandomLTD
+
+LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
+Backend = Literal["auto", "cuda", "torch"]
+DTYPES = ("float32", "bfloat16")
+PARTS = ("forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT and what it trains on. Names are those of Megatron's arguments."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    seq_length: int
+    vocab_size: int
+    micro_batch_size: int
+    dtype: str
+    position_embedding_type: str = "learned_absolute"
+
+
+PRESETS = {
+    "tiny": Shape(4, 32, 4, 64, 64, 2, "float32"),
+    # The output layer's share of the operations is about that of the large model.
+    "small": Shape(8, 512, 8, 512, 4096, 2, "float32"),
+    # GPT-3 1.3B of arXiv 2211.11586; the vocabulary is GPT-2's, padded.
+    "gpt3-1.3b": Shape(24, 2048, 16, 2048, 50304, 4, "bfloat16"),
+}
+
+
+def operations(shape: Shape, kept: int, dropped: int, is_causal: bool) -> int:
+    """Return the floating-point operations of a sample, forward and backward.
+
+    Those of matrix products, the output layer's too.
+
+    Args:
+        kept: k, tokens that a dropped layer processes.
+        dropped: Number of dropped layers.
+        is_causal: Whether attention leaves out the half that is masked, as Megatron's own count
+            assumes.
+    """
+
+    def layer(tokens: int) -> int:
+        linear = 24 * tokens * shape.hidden_size**2  # 4 h^2 weights in attention, 8 h^2 in the MLP
+        return linear + 4 * tokens**2 * shape.hidden_size // (2 if is_causal else 1)
+
+    layers = (shape.num_layers - dropped) * layer(shape.seq_length) + dropped * layer(kept)
+    return 3 * (layers + 2 * shape.seq_length * shape.hidden_size * shape.vocab_size)
+
+
+@contextlib.contextmanager
+def one_process(device: torch.device) -> Iterator[None]:
+    """Megatron's parallel state for this process alone, on the CPU if that is the device."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if device.type == "cpu":
+            stack.enter_context(cpu.enabled())  # before Megatron is imported
+        from megatron.core import parallel_state, tensor_parallel
+
+        logging.getLogger("megatron").setLevel(logging.ERROR)
+        torch.distributed.init_process_group(
+            "gloo" if device.type == "cpu" else "nccl",
+            init_method=f"file://{Path(folder) / 'store'}",
+            rank=0,
+            world_size=1,
+        )
+        stack.callback(torch.distributed.destroy_process_group)
+        parallel_state.initialize_model_parallel()
+        stack.callback(parallel_state.destroy_model_parallel)
+        torch.manual_seed(1234)
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)
+        yield
+
+
+@functools.cache
+def implementation() -> str:
+    """Return which layers a model gets: Transformer Engine's if it can be imported."""
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception:  # not there, or built for another torch or CUDA
+        return LOCAL
+    return TRANSFORMER_ENGINE if torch.cuda.is_available() else LOCAL
+
+
+def build(shape: Shape) -> Any:
+    """Return the model in training mode, as Megatron's own scripts wrap it."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt import gpt_layer_specs as specs
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import Float16Module
+
+    is_bf16, has_gpu = shape.dtype == "bfloat16", torch.cuda.is_available()
+
+    def has(extension: str) -> bool:
+        return has_gpu and importlib.util.find_spec(extension) is not None
+
+    config = TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=is_bf16,
+        params_dtype=getattr(torch, shape.dtype),
+        # What of Megatron's fused kernels is there, as its scripts have it by default.
+        masked_softmax_fusion=has("scaled_upper_triang_masked_softmax_cuda"),
+        gradient_accumulation_fusion=has("fused_weight_gradient_mlp_cuda"),
+        bias_activation_fusion=has_gpu,
+        bias_dropout_fusion=has_gpu,
+        apply_rope_fusion=has_gpu and implementation() == TRANSFORMER_ENGINE,
+        use_cpu_initialization=not has_gpu,
+    )
+    if implementation() == TRANSFORMER_ENGINE:
+        spec = specs.get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = specs.get_gpt_layer_local_spec()
+    model: Any = GPTModel(
+        config,
+        spec,
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.seq_length,
+        position_embedding_type=shape.position_embedding_type,
+    ).cuda()
+    if is_bf16:
+        model = Float16Module(config, model)
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=is_bf16)
+    return DistributedDataParallel(config, settings, model).train()
+
+
+class Trainer:
+    """A model whose next step may keep any number of tokens.
+
+    Attributes:
+        dropped: Number of layers that drop.
+    """
+
+    def __init__(self, shape: Shape, least: int, device: torch.device, backend: Backend):
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        self.shape, self.device, self._least = shape, device, least
+        self.model = build(shape)
+        settings = OptimizerConfig(
+            lr=1e-4,
+            clip_grad=1.0,
+            bf16=shape.dtype == "bfloat16",
+            params_dtype=getattr(torch, shape.dtype),
+        )
+        self._optimizer = get_megatron_optimizer(settings, [self.model])
+        # One more token with each position of the schedule, so that a position chooses a length.
+        ramp = max(1, shape.seq_length - least)
+        config = RandomLTDConfig(min_tokens=least, ramp_iters=ramp, increment=1, backend=backend)
+        self._random_ltd = RandomLTD(config).attach(self.model)
+        self.dropped = len(self._random_ltd.resolved.dropped_layers)
+        self._consumed_samples = 0
+
+    def step(
+        self, kept: int, micro_batch_size: int, samples: int, mark: Callable[[str], None]
+    ) -> None:
+        """Train on random tokens.
+
+        Args:
+            kept: k; s is a step in which nothing is dropped, Megatron's own.
+            micro_batch_size: b.
+            samples: Samples of the step, a multiple of b.
+            mark: Called with the part that has just ended, one of `PARTS`.
+        """
+        from megatron.core.distributed import finalize_model_grads
+
+        tokens = torch.randint(
+            self.shape.vocab_size, (samples, self.shape.seq_length + 1), device=self.device
+        )
+        positions = torch.arange(self.shape.seq_length, device=self.device)
+        positions = positions.expand(micro_batch_size, -1)
+        self.model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        self._random_ltd.begin_step(kept - self._least, self._consumed_samples)
+        assert self._random_ltd.kept_tokens == kept
+        mark("optimizer")
+        for index, part in enumerate(tokens.split(micro_batch_size)):
+            self._random_ltd.begin_micro_batch(index)
+            losses = self.model(part[:, :-1], positions, None, labels=part[:, 1:])
+            loss = losses.mean() * (micro_batch_size / samples)
+            mark("forward")
+            loss.backward()
+            mark("backward")
+        self._random_ltd.end_step()
+        finalize_model_grads([self.model])
+        self._optimizer.step()
+        mark("optimizer")
+        self._consumed_samples += samples
+
+    def timed_step(self, kept: int, micro_batch_size: int, samples: int) -> dict[str, float]:
+        """Take a step; return the seconds of "step" and of each of `PARTS`."""
+        marks: list[tuple[str, Any]] = []
+
+        def mark(part: str) -> None:
+            if self.device.type == "cuda":
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+                marks.append((part, event))
+            else:
+                marks.append((part, time.perf_counter()))
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        mark("start")
+        self.step(kept, micro_batch_size, samples, mark)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = dict.fromkeys(("step", *PARTS), 0.0) | {"step": time.perf_counter() - start}
+        for (_, begin), (part, end) in zip(marks, marks[1:], strict=False):
+            is_event = self.device.type == "cuda"
+            seconds[part] += begin.elapsed_time(end) / 1000 if is_event else end - begin
+        return seconds

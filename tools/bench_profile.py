@@ -1,0 +1,79 @@
+"""Where the time of a training step goes, with tokens dropped and without."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from bench_common import Row, table
+from bench_gpt import Trainer
+from torch.profiler import ProfilerActivity
+
+STEPS = 3  # of each length; the profiler's sums are over them
+ROWS = 16
+OURS = "random-LTD"
+# What the profiler calls our part of a step: autograd functions with all in them, and the ops that
+# are called outside these.
+_OUR_CALLS = {"_Split", "_Exchange", "_Merge"}
+_OUR_CALLS |= {f"{name}Backward" for name in _OUR_CALLS}
+_OUR_CALLS |= {f"megatron_rltd::{name}" for name in ("sample", "gather", "select_mask")}
+# {heading: (key of a row, format)}
+_COLUMNS = {
+    "ms per step": ("name", ""),
+    "dense": ("dense", ",.1f"),
+    "k": ("kept", ",.1f"),
+    "k/dense": ("ratio", ".2f"),
+    "beyond theory": ("lost", "+,.1f"),
+}
+
+
+def milliseconds(trainer: Trainer, kept: int, samples: int) -> Counter[str]:
+    """Return the milliseconds of a step at a kept length, by what they went into.
+
+    On the CPU by op, without what it calls; on a GPU by kernel. `OURS` is all of random-LTD, and
+    "other" is what no op accounts for: Python, and where the GPU waits.
+    """
+    is_gpu = trainer.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU
+    size = trainer.shape.micro_batch_size
+    spent: Counter[str] = Counter()
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(STEPS):
+            spent["step"] += round(1e6 * trainer.timed_step(kept, size, samples)["step"])
+    for event in profiler.key_averages():
+        if is_gpu and "megatron_rltd" in event.key:
+            spent[OURS] += event.self_device_time_total
+        elif is_gpu:
+            spent[event.key] += event.self_device_time_total
+        elif event.key in _OUR_CALLS:
+            spent[OURS] += event.cpu_time_total
+        elif not event.key.startswith("megatron_rltd::"):
+            spent[event.key] += event.self_cpu_time_total
+    spent["other"] = spent["step"] - sum(n for name, n in spent.items() if name != "step")
+    return Counter({name: us / 1e3 / STEPS for name, us in spent.items()})
+
+
+def profile(trainer: Trainer, kept: int, samples: int, cost: Callable[[int], int]) -> str:
+    """Return a table of what a step with dropped tokens spends beyond its share of operations.
+
+    Args:
+        kept: k.
+        cost: Operations of a sample at a kept length.
+    """
+    full = trainer.shape.seq_length
+    dense, sparse = (milliseconds(trainer, length, samples) for length in (full, kept))
+    share = cost(kept) / cost(full)
+    rows: list[Row] = [
+        {
+            "name": name[:60],
+            "dense": dense[name],
+            "kept": sparse[name],
+            "ratio": sparse[name] / dense[name] if dense[name] else None,
+            "lost": sparse[name] - share * dense[name],
+        }
+        for name in dense | sparse
+    ]
+    rows.sort(key=lambda row: (row["name"] != "step", row["name"] != OURS, -abs(row["lost"])))
+    return (
+        f"a step's time at k = {kept} and dense, and how much more it is than the operations' share"
+        f" of the dense one, {share:.3f}:\n\n{table(_COLUMNS, rows[:ROWS])}"
+    )

@@ -1,0 +1,107 @@
+"""What tools/gpu_check.sh found: compare the losses of two runs, and sum up its steps.
+
+python tools/gpu_report.py losses ONE.log OTHER.log --tolerance 1e-3
+python tools/gpu_report.py summary WORK OUT --device cuda
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import re
+import sys
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+FIELDS = ("step", "result", "seconds", "why")
+
+
+def losses(log: Path) -> list[float]:
+    """Return the losses that Megatron logged, step by step."""
+    return [float(text) for text in re.findall(r"lm loss: (\S+)", log.read_text())]
+
+
+def largest_difference(one: list[float], other: list[float]) -> float:
+    """Return the largest relative difference; infinite if losses are missing or no numbers."""
+    if not one or len(one) != len(other) or not all(map(math.isfinite, [*one, *other])):
+        return math.inf
+    return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
+
+
+def compare(logs: list[Path], tolerance: float) -> int:
+    """Print the losses of two runs and how far they are apart; return the exit status."""
+    one, other = map(losses, logs)
+    print(*(log.stem for log in logs), sep="  ")
+    for pair in zip_longest(one, other):
+        print(*pair, sep="  ")
+    difference = largest_difference(one, other)
+    print(f"largest relative difference {difference:.2g}, tolerance {tolerance:g}")
+    return int(difference > tolerance)
+
+
+def tests(log: Path) -> str | None:
+    """Return pytest's summary line in a log, or None."""
+    found = re.findall(r"^=*\s?(\d+ (?:passed|failed).* in [\d.]+s).*$", log.read_text(), re.M)
+    return found[-1] if found else None
+
+
+def summary(work: Path, out: Path, device: str) -> int:
+    """Write the steps as JSON and CSV; return 1 if one failed, else 0.
+
+    Args:
+        work: Folder of "steps", a line for each, and of their logs.
+        out: Where the files go.
+        device: "cuda" or "cpu".
+    """
+    import torch
+    from bench_common import machine
+
+    lines = (work / "steps").read_text().splitlines()
+    steps: list[dict[str, Any]] = [
+        dict(zip(FIELDS, line.split("\t"), strict=True)) for line in lines
+    ]
+    for step in steps:
+        log = work / f"{step['step']}.log"
+        step["tests"] = tests(log) if log.exists() else None
+    with (out / "gpu_check.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*FIELDS, "tests"])
+        writer.writeheader()
+        writer.writerows(steps)
+    results = {
+        "machine": machine(torch.device(device)),
+        "seed": int(os.environ["MEGATRON_RLTD_TEST_SEED"]),
+        "steps": steps,
+        "losses": {log.stem: losses(log) for log in sorted(work.glob("gpt_*.log"))},
+    }
+    (out / "gpu_check.json").write_text(json.dumps(results, indent=1) + "\n")
+    failed = [step["step"] for step in steps if step["result"] == "failed"]
+    for step in steps:
+        if step["tests"]:
+            print(f"{step['step']}: {step['tests']}")
+    print(f"failed: {', '.join(failed)}" if failed else "nothing failed", f"(results in {out})")
+    return int(bool(failed))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    two = commands.add_parser("losses", help="compare the losses that two runs logged")
+    two.add_argument("logs", type=Path, nargs=2)
+    two.add_argument("--tolerance", type=float, required=True)
+    all_ = commands.add_parser("summary", help="write what the steps came to")
+    all_.add_argument("work", type=Path)
+    all_.add_argument("out", type=Path)
+    all_.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    options = parser.parse_args(argv)
+    if options.command == "losses":
+        return compare(options.logs, options.tolerance)
+    return summary(options.work, options.out, options.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
