@@ -33,7 +33,12 @@ def add_options(parser: argparse.ArgumentParser, rounds: str) -> None:
         rounds: What the default number of rounds is, in words.
     """
     parser.add_argument("--device", type=torch.device, help="default: the GPU if there is one")
-    parser.add_argument("--threads", type=int, help="of the CPU; 1 where others use it too")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="on a CPU that others use too: one thread, and its own time instead of the clock's",
+    )
     parser.add_argument("--rounds", type=int, help=f"times that each is measured ({rounds})")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of CSV and JSON")
@@ -51,15 +56,17 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
     """Return the device to measure on, with its index if it is a GPU, and set torch up for it.
 
     Raises:
-        BenchmarkError: There is no such device.
+        BenchmarkError: There is no such device, or ``--cpu-time`` is for another.
     """
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.threads or options.cpu_time:
+        torch.set_num_threads(1 if options.cpu_time else options.threads)
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         return device
     if device.type != "cuda" or not torch.cuda.is_available():
         raise BenchmarkError(f"--device {device}: there is no such device here")
+    if options.cpu_time:
+        raise BenchmarkError("--cpu-time says nothing of a GPU's time: --device cpu")
     device = torch.device("cuda", device.index or 0)
     torch.cuda.set_device(device)
     return device

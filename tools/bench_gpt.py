@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,8 +211,14 @@ class Trainer:
         mark("optimizer")
         self._consumed_samples += samples
 
-    def timed_step(self, kept: int, micro_batch_size: int, samples: int) -> dict[str, float]:
-        """Take a step; return the seconds of "step" and of each of `PARTS`."""
+    def timed_step(
+        self, kept: int, micro_batch_size: int, samples: int, now: Callable[[], float]
+    ) -> dict[str, float]:
+        """Take a step; return the seconds of "step" and of each of `PARTS`.
+
+        Args:
+            now: The clock of the CPU.
+        """
         marks: list[tuple[str, Any]] = []
 
         def mark(part: str) -> None:
@@ -222,16 +227,16 @@ class Trainer:
                 event.record()
                 marks.append((part, event))
             else:
-                marks.append((part, time.perf_counter()))
+                marks.append((part, now()))
 
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = now()
         mark("start")
         self.step(kept, micro_batch_size, samples, mark)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = dict.fromkeys(("step", *PARTS), 0.0) | {"step": time.perf_counter() - start}
+        seconds = dict.fromkeys(("step", *PARTS), 0.0) | {"step": now() - start}
         for (_, begin), (part, end) in zip(marks, marks[1:], strict=False):
             is_event = self.device.type == "cuda"
             seconds[part] += begin.elapsed_time(end) / 1000 if is_event else end - begin

@@ -14,6 +14,7 @@ Shapes: s sequence length, b micro batch, h hidden size, l layers, k kept tokens
 import argparse
 import functools
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ from bench_moves import (
 from bench_plots import draw_ops
 from bench_single_ops import Timed, single_ops
 from bench_timing import (
+    CPU_TIME,
     KEPT_MEMORY,
     Call,
     device_seconds,
@@ -99,7 +101,8 @@ def compare(options: argparse.Namespace, like: Tensor, ways: Mapping[str, Timed]
     for timed in ways.values():
         if timed.moved:
             calls[timed.moved] = copies(like, timed.moved)
-    clock = functools.partial(device_seconds, device=options.device)
+    now = time.process_time if options.cpu_time else time.perf_counter
+    clock = functools.partial(device_seconds, device=options.device, now=now)
     seconds = interleaved(calls, clock, options.rounds)
     rows = []
     for way, (call, moved) in ways.items():
@@ -196,6 +199,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ]
     if options.device.type == "cpu" and keep_freed_memory():
         notes.append(KEPT_MEMORY)
+    if options.cpu_time:
+        notes.append(CPU_TIME)
     if why:
         notes.append(f"without DeepSpeed: {why}")
     torch.manual_seed(0)

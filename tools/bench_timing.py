@@ -34,32 +34,29 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
+    return all([mallopt(mmap_max, 0), mallopt(trim_threshold, -1), mallopt(arena_max, 1)])
 
 
-def wall_seconds(call: Call, device: torch.device) -> float:
-    """Return how long a call takes until the device is done with it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+CPU_TIME = "one thread's own time, without what others on this machine took"
 
 
-def device_seconds(call: Call, device: torch.device) -> float:
+def device_seconds(call: Call, device: torch.device, now: Callable[[], float]) -> float:
     """Return how long the device works on a call, with cold caches.
 
     On a GPU without the launches, unless these outlast `BUSY_CYCLES`.
+
+    Args:
+        now: The clock on a CPU.
     """
     if device not in _flushed:
         size = FLUSHED_BYTES[device.type]
         _flushed[device] = torch.empty(size, dtype=torch.uint8, device=device)
     _flushed[device].zero_()
     if device.type != "cuda":
-        return wall_seconds(call, device)
+        began = now()
+        call()
+        return now() - began
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(BUSY_CYCLES)
     start.record()

@@ -21,9 +21,11 @@ import argparse
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import bench_profile
 import numpy
 import torch
 from bench_common import BenchmarkError, Row, add_options, chosen_device, machine, run, table
@@ -40,7 +42,7 @@ from bench_gpt import (
     operations,
 )
 from bench_plots import draw_training
-from bench_timing import KEPT_MEMORY, interleaved, keep_freed_memory, ratio, spread
+from bench_timing import CPU_TIME, KEPT_MEMORY, interleaved, keep_freed_memory, ratio, spread
 
 from megatron_rltd.ops import BACKENDS
 from megatron_rltd.schedule import LayerTokens, Schedule
@@ -191,6 +193,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rounds = options.rounds or (2 if options.quick else 7)
     samples = shape.micro_batch_size * options.grow_micro_batch
     notes = [KEPT_MEMORY] if device.type == "cpu" and keep_freed_memory() else []
+    notes += [CPU_TIME] if options.cpu_time else []
     with one_process(device):
         trainer = Trainer(shape, lengths[0], device, options.backend)
         tokens = LayerTokens(schedule, shape.num_layers, trainer.dropped)
@@ -201,7 +204,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             grown = grown_micro_batch(shape, tokens, kept, options.grow_micro_batch)
             if grown > shape.micro_batch_size:
                 keys.append((kept, grown))
-        steps = {key: functools.partial(trainer.timed_step, *key, samples) for key in keys}
+        now = time.process_time if options.cpu_time else time.perf_counter
+        steps = {key: functools.partial(trainer.timed_step, *key, samples, now) for key in keys}
         peaks: dict[tuple[int, int], float] = {}
         if device.type == "cuda":
             for key, step in steps.items():
@@ -209,11 +213,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 step()
                 peaks[key] = torch.cuda.max_memory_allocated() / 2**30
         times = interleaved(steps, lambda step: step(), rounds, WARM_UP)
+        extra = {}
         if options.profile:
-            from bench_profile import profile
-
-            half = shape.seq_length // 2
-            print(profile(trainer, max(lengths[0], half), samples, cost), end="\n\n")
+            half = max(lengths[0], shape.seq_length // 2)
+            extra["profile"] = bench_profile.profile(trainer, half, samples, now, cost)
     rows = rows_of(times, peaks, shape, tokens, cost)
     by_length = {row["kept_tokens"]: row for row in rows[: len(lengths) + 1]}
     notes += [
@@ -235,6 +238,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "notes": notes,
         "rows": rows,
         "schedule": over,
+        **extra,
     }
 
 
@@ -251,6 +255,8 @@ def show(results: dict[str, Any]) -> None:
     for name, over in results["schedule"].items():
         parts = (f"{key.removesuffix('_saved')} {value:.1%}" for key, value in over.items())
         print(f"  {name}: {', '.join(parts)}".replace("_", " "))
+    if "profile" in results:
+        print(f"\n{bench_profile.described(results['profile'])}")
 
 
 def main(argv: list[str] | None = None) -> int:
