@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import math
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 from megatron_rltd.schedule import LayerTokens, Schedule
@@ -88,6 +89,21 @@ def flag(name: str) -> str:
     return "--" + (FLAG_PREFIX + name).replace("_", "-")
 
 
+def whole_number(text: str) -> int:
+    """Return the integer of a text such as 300000000000 or 300e9.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        number = Decimal(text)
+        if number == number.to_integral_value():
+            return int(number)
+    except (InvalidOperation, OverflowError):
+        pass
+    raise ValueError(f"{text!r} is not a whole number")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add ``--random-ltd`` and a flag for each field; harmless if they are there already.
 
@@ -124,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--train-layer-tokens",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="Train until each layer has processed N tokens on average, N LayerTokens per layer: "
         "the paper's unit for the length of a run. Instead of --train-iters or --train-samples.",
@@ -301,19 +317,4 @@ def resolve(config: RandomLTDConfig, model: Model) -> Resolved:
         dropped_layers=layers,
         strata=strata,
         seed=seed,
-    )
-
-
-def model_from_args(args: Any) -> Model:
-    """Return what Megatron's validated arguments say of the model and its layout."""
-    fp8 = getattr(args, "fp8", None) or getattr(args, "fp4", None)
-    block_scaled = getattr(args, "fp8_recipe", None) == "mxfp8" or getattr(args, "fp4", None)
-    return Model(
-        seq_length=args.seq_length,
-        num_layers=args.num_layers,
-        micro_batch_size=args.micro_batch_size,
-        sequence_parallel_size=args.tensor_model_parallel_size if args.sequence_parallel else 1,
-        context_parallel_size=args.context_parallel_size,
-        row_multiple=(32 if block_scaled else 16) if fp8 else 1,
-        seed=args.seed,
     )

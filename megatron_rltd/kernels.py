@@ -4,6 +4,7 @@
 """
 
 import functools
+import logging
 import os
 from pathlib import Path
 
@@ -35,3 +36,13 @@ def missing_for(device_type: str) -> str | None:
     ):
         missing = f"built without {device_type.upper()}; build again: {BUILD}"
     return missing
+
+
+def warn_if_missing(device_type: str) -> None:
+    """Log, on one rank, how to build the kernels if a model on a GPU has to do without."""
+    from megatron.core.utils import log_single_rank
+
+    missing = missing_for(device_type) if device_type == "cuda" else None
+    if missing:
+        text = f"random-LTD: tokens move in plain torch, for the kernels are {missing}"
+        log_single_rank(logging.getLogger(__name__), logging.WARNING, text)

@@ -19,13 +19,12 @@ from megatron_rltd.config import (
     RandomLTDConfig,
     config_from_args,
     flag,
-    model_from_args,
     resolve,
 )
 from megatron_rltd.learning_rate import LayerTokenScheduler
 from megatron_rltd.preflight import arguments_with_preflight
 from megatron_rltd.random_ltd import RandomLTD
-from megatron_rltd.refusals import validate
+from megatron_rltd.refusals import model_from_args, validate
 from megatron_rltd.schedule import Progress
 
 _random_ltd: RandomLTD | None = None
@@ -36,14 +35,20 @@ _flops = metrics.FlopsSinceLog()
 _preflight_due = False
 
 
-def check_units(args: Any) -> None:
-    """Check what Megatron's own validation would say less clearly.
+def validate_args(original: Callable, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Check the flags, what Megatron would say less clearly before it does.
+
+    Args:
+        original: ``megatron.training.arguments.validate_args``.
 
     Raises:
-        ConfigError: The length of the run is given in units that do not go together.
+        ConfigError: See `start`.
     """
     if getattr(args, "random_ltd", False):
         run_length.check_units(args)
+    result = original(args, *rest, **kwargs)
+    start(args)
+    return result
 
 
 def start(args: Any) -> None:
@@ -101,8 +106,8 @@ def active() -> RandomLTD | None:
     return _random_ltd
 
 
-def attach(model: Any) -> None:
-    """Attach the runtime to the model chunks that Megatron has built.
+def begin_training(model: Any) -> None:
+    """Attach the runtime to the model chunks that Megatron has built, and set what is left to do.
 
     Raises:
         ConfigError: The model is not one that random-LTD works on.
@@ -113,6 +118,7 @@ def attach(model: Any) -> None:
         _random_ltd.attach(model)
     except RuntimeError as error:
         raise ConfigError([str(error)]) from error
+    continue_run()
 
 
 def schedule_learning_rate(scheduler: Any) -> Any:
@@ -173,10 +179,6 @@ def continue_run() -> None:
 
 def resume(checkpoint_args: Any) -> None:
     """Take over state from a checkpoint and check that it continues the same run.
-
-    Megatron's convention for the learning rate decides disagreements about the options: with
-    ``--override-opt-param-scheduler`` the command line wins, with
-    ``--use-checkpoint-opt-param-scheduler`` the checkpoint, without either they are an error.
 
     Raises:
         ConfigError: The checkpoint was trained with other options, or its strata do not fit the
@@ -261,7 +263,7 @@ def training_log(original: Callable, *call: Any, **kwargs: Any) -> Any:
 
     if _random_ltd is not None:
         args = get_args()
-        bound = inspect.signature(original).bind(*call, **kwargs).arguments
+        bound = _signature(original).bind(*call, **kwargs).arguments
         tokens, dense = checkpoint.consumed(args)
         share = tokens / dense
         metrics.add_to_log_line(bound["total_loss_dict"], bound["skipped_iter"], tokens, share)
@@ -270,6 +272,9 @@ def training_log(original: Callable, *call: Any, **kwargs: Any) -> Any:
             bound["loss_dict"], bound["learning_rate"], bound["iteration"], tokens, share
         )
     return original(*call, **kwargs)
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def begin_micro_batch(index: int) -> None:

@@ -52,7 +52,7 @@ def use_backend(backend: str) -> None:
         raise ValueError(f"backend {backend!r} must be one of {', '.join(BACKENDS)}")
     missing = kernels.missing_for("cuda") if backend == "cuda" else None
     if missing:
-        raise ValueError(f"backend 'cuda': the kernels are {missing}")
+        raise ValueError(f"the kernels are {missing}")
     _ops = reference if backend == "torch" else torch.ops.megatron_rltd
 
 

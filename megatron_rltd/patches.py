@@ -21,22 +21,14 @@ def _add_arguments(original: Callable) -> Callable:
 
 
 def _validate_args(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def validate_args(args, *rest, **kwargs):
-        megatron_loop.check_units(args)
-        result = original(args, *rest, **kwargs)
-        megatron_loop.start(args)
-        return result
-
-    return validate_args
+    return functools.wraps(original)(functools.partial(megatron_loop.validate_args, original))
 
 
 def _setup_model_and_optimizer(original: Callable) -> Callable:
     @functools.wraps(original)
     def setup_model_and_optimizer(*args, **kwargs):
         result = original(*args, **kwargs)
-        megatron_loop.attach(result[0])
-        megatron_loop.continue_run()
+        megatron_loop.begin_training(result[0])
         return result
 
     return setup_model_and_optimizer

@@ -14,7 +14,6 @@ everything outside a step run at full length.
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -24,14 +23,12 @@ from torch import Tensor
 from megatron_rltd import kernels, ops, versions
 from megatron_rltd import layer as dropped_layer
 from megatron_rltd.block import check_layers, plan_recomputation, plan_run_ends
-from megatron_rltd.config import ConfigError, Model, RandomLTDConfig, Resolved, resolve
+from megatron_rltd.config import ConfigError, Model, RandomLTDConfig, Resolved, flag, resolve
 from megatron_rltd.layer import KeptTokens, MicroBatch
 from megatron_rltd.packed import flatten_samples
 from megatron_rltd.refusals import refused
 from megatron_rltd.schedule import Progress
 from megatron_rltd.shards import context_parallel_strata, sequence_parallel_strata
-
-_logger = logging.getLogger(__name__)
 
 
 class RandomLTD:
@@ -49,7 +46,13 @@ class RandomLTD:
         self._consumed_samples = 0
         self._micro_batch: int | None = None
         self._blocks: list[Any] = []
-        ops.use_backend(config.backend)
+        try:
+            ops.use_backend(config.backend)
+        except ValueError as error:
+            way_out = f"or use {flag('backend')} auto"
+            raise ConfigError(
+                [f"{flag('backend')} {config.backend}: {error}; {way_out}"]
+            ) from error
 
     @property
     def resolved(self) -> Resolved:
@@ -95,22 +98,14 @@ class RandomLTD:
         blocks = [b for b in blocks if any(n.layer_number in dropped for n in b.layers)]
         for block in blocks:
             check_layers(block)
-        self._report_kernels(blocks)
+        if self.config.backend != "torch":
+            kernels.warn_if_missing(next(blocks[0].parameters()).device.type if blocks else "cpu")
         for block in blocks:
             _override(block, functools.partial(self._block_forward, block, block.forward))
             for layer in block.layers:
                 _override(layer, functools.partial(dropped_layer.forward, layer, layer.forward))
         self._blocks += blocks
         return self
-
-    def _report_kernels(self, blocks: list[Any]) -> None:
-        device = next((p.device.type for block in blocks for p in block.parameters()), "cpu")
-        missing = kernels.missing_for(device)
-        if missing and device == "cuda" and self.config.backend != "torch":
-            message = "random-LTD: tokens move in plain torch, for the kernels are %s"
-            from megatron.core.utils import log_single_rank
-
-            log_single_rank(_logger, logging.WARNING, message, missing)
 
     def detach(self) -> None:
         """Give the model its own forwards back."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_rltd.config import (
     ConfigError,
+    Model,
     Resolved,
     config_from_args,
-    model_from_args,
     resolve,
 )
 
@@ -186,6 +186,21 @@ def refuse_command_line(argv: list[str]) -> None:
     if any(argument.partition("=")[0] == "--yaml-cfg" for argument in argv):
         refusal = next(refusal for refusal in REFUSALS if refusal.flag == "--yaml-cfg")
         raise ConfigError([refusal.message])
+
+
+def model_from_args(args: Any) -> Model:
+    """Return what Megatron's validated arguments say of the model and its layout."""
+    fp8 = getattr(args, "fp8", None) or getattr(args, "fp4", None)
+    block_scaled = getattr(args, "fp8_recipe", None) == "mxfp8" or getattr(args, "fp4", None)
+    return Model(
+        seq_length=args.seq_length,
+        num_layers=args.num_layers,
+        micro_batch_size=args.micro_batch_size,
+        sequence_parallel_size=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        context_parallel_size=args.context_parallel_size,
+        row_multiple=(32 if block_scaled else 16) if fp8 else 1,
+        seed=args.seed,
+    )
 
 
 def validate(args: Any) -> Resolved:

@@ -10,6 +10,7 @@ import inspect
 from fractions import Fraction
 from typing import Any
 
+from megatron_rltd import versions
 from megatron_rltd.config import ConfigError, Resolved
 from megatron_rltd.schedule import BatchSize, Progress
 
@@ -74,13 +75,14 @@ def _unit_problems(args: Any) -> list[str]:
         else:
             both += "give all in one unit"
         problems.append(both)
-    grows = args.step_batch_size_schedule if _knows_steps() else args.rampup_batch_size
+    ramp_up_is_ignored = versions.release() >= (0, 18)
+    grows = args.step_batch_size_schedule if ramp_up_is_ignored else args.rampup_batch_size
     if iterations and grows:
         problems.append(
             f"{_flag(iterations[0])} is no number of samples while the batch grows: give lengths "
             "in samples (--train-samples, --lr-warmup-samples, ...)"
         )
-    if _knows_steps() and getattr(args, "rampup_batch_size", None):
+    if ramp_up_is_ignored and getattr(args, "rampup_batch_size", None):
         problems.append(
             "--rampup-batch-size is ignored by this Megatron: say the same with "
             "--step-batch-size-schedule, which takes the place of --global-batch-size"
@@ -98,14 +100,6 @@ def _unit_problems(args: Any) -> list[str]:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _knows_steps() -> bool:
-    """Return whether this is Megatron 0.18 or newer, of which other flags grow the batch."""
-    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
-
-    known = inspect.signature(init_num_microbatches_calculator).parameters
-    return "step_batch_size_schedule" in known
 
 
 def _set_budget(args: Any, resolved: Resolved) -> list[str]:

@@ -184,3 +184,19 @@ def test_unknown_backend_is_refused(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--random-ltd-backend", "fast"])
     assert "--random-ltd-backend" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("300e9", 300 * 10**9), ("3.5e3", 3500), ("300_000", 300_000), ("-1", -1)]
+)
+def test_budgets_may_be_written_with_exponents(text, number):
+    parser = add_arguments(argparse.ArgumentParser())
+    assert parser.parse_args([f"--train-layer-tokens={text}"]).train_layer_tokens == number
+
+
+@pytest.mark.parametrize("text", ["1.5", "300B", "", "nan", "inf"])
+def test_budgets_that_are_no_whole_numbers(text, capsys):
+    parser = add_arguments(argparse.ArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--train-layer-tokens={text}"])
+    assert "--train-layer-tokens: invalid whole_number value" in capsys.readouterr().err

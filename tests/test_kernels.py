@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rltd import kernels
 from tests.parallel import ROOT, environment
 
 TORCH = Path(torch.__file__).parent
@@ -129,3 +130,11 @@ def test_a_library_that_does_not_load(tmp_path):
     library = tmp_path / "_C.so"
     library.write_text("no library")
     assert "built for another torch" in kernels_of(library, "cpu")
+
+
+def test_a_model_on_a_gpu_without_kernels_says_how_to_build_them(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "load", lambda: "not built")
+    kernels.warn_if_missing("cpu")
+    assert not caplog.records
+    kernels.warn_if_missing("cuda")
+    assert "plain torch, for the kernels are not built" in caplog.text

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from megatron_rltd import kernels, ops, reference
+from megatron_rltd.config import ConfigError, RandomLTDConfig
 from megatron_rltd.ops import gather_tokens, scatter_tokens
+from megatron_rltd.random_ltd import RandomLTD
 from megatron_rltd.sampling import kept_indices
 from megatron_rltd.token_drop import Run
 
@@ -416,5 +418,10 @@ def test_unknown_backend():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there may be kernels for a GPU")
 def test_kernels_that_are_not_there(monkeypatch):
     monkeypatch.setattr(kernels, "load", lambda: "not built")
-    with pytest.raises(ValueError, match="backend 'cuda': the kernels are not built"):
+    with pytest.raises(ValueError, match="the kernels are not built"):
         ops.use_backend("cuda")
+    message = (
+        "--random-ltd-backend cuda: the kernels are not built; or use --random-ltd-backend auto"
+    )
+    with pytest.raises(ConfigError, match=message):
+        RandomLTD(RandomLTDConfig(ramp_iters=9, backend="cuda"))
