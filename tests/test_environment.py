@@ -21,6 +21,8 @@ case "$*" in
   "-m venv"*)
     venv="${{@: -1}}"; mkdir -p "$venv/bin"; cp "$0" "$venv/bin/python"
     touch "$venv/bin/complete" ;;
+  "- tabulate") cat >/dev/null; [ -e "$(dirname "$0")/tabulate" ] || echo tabulate ;;
+  "-m pip install"*tabulate) touch "$(dirname "$0")/tabulate"; exit {pip} ;;
   "-m pip list"*) echo "torch==2.99.0a0+container" ;;
   "-m pip install"*) exit {pip} ;;
 esac
@@ -47,7 +49,7 @@ def fake_python(machine, path, status=0, missing="torch tensorboard", pip=0):
     return file
 
 
-def source(machine, **variables):
+def source(machine, before="", **variables):
     """Source environment.sh; return exit status, the PYTHON it chose, what it said and did."""
     environment = {
         "PATH": str(machine / "bin"),
@@ -55,7 +57,7 @@ def source(machine, **variables):
         "MEGATRON_RLTD_VENV": str(machine / "venv"),
         **variables,
     }
-    script = f'source "{ROOT}/tools/environment.sh" && printf "%s\\n" "$PYTHON"'
+    script = f'{before}source "{ROOT}/tools/environment.sh" && printf "%s\\n" "$PYTHON"'
     result = subprocess.run(
         ["/bin/bash", "-euo", "pipefail", "-c", script],
         env=environment,
@@ -149,6 +151,24 @@ def test_the_second_start_sets_up_nothing(machine):
     status, python, said, done = source(machine)
     assert time.monotonic() - start < 5
     assert (status, python, said) == (0, str(machine / "venv/bin/python"), "")
+    assert "-m pip" not in done
+
+
+def test_what_a_script_needs_beyond_is_added_once(machine):
+    fake_python(machine, "bin/python3.12")
+    source(machine)
+    (machine / "log").unlink()
+    extras = "extras=(tabulate); "
+    status, python, said, done = source(machine, before=extras)
+    assert (status, python) == (0, str(machine / "venv/bin/python"))
+    assert (
+        said
+        == f"megatron_rltd: adding tabulate to {machine}/venv (log: {machine}/venv/extras.log)\n"
+    )
+    assert f"pip install --no-cache-dir -c {ROOT}/constraints.txt tabulate" in done
+    (machine / "log").unlink()
+    status, _, said, done = source(machine, before=extras)
+    assert (status, said) == (0, "")
     assert "-m pip" not in done
 
 

@@ -3,6 +3,7 @@
 #
 #   PYTHON              a Python to use or to build on, instead of searching for one
 #   MEGATRON_RLTD_VENV  folder of the environment (default: .venv in the repository)
+#   extras              an array of further packages that the sourcing script needs
 #
 # A Python that has everything is used as it is. One that has torch (an NGC container's, say) is
 # extended in an environment of ours that sees its packages and replaces none of them. Otherwise a
@@ -43,13 +44,14 @@ find_python() {
 or name one: PYTHON=/path/to/python3.12"
 }
 
-# Print what a Python lacks, one requirement a line, without importing any of it.
+# Print what a Python lacks of ours and of the packages named, one a line, importing none of it.
 missing_from() {
-  "$1" - <<'END'
+  "$1" - "${@:2}" <<'END'
+import sys
 from importlib import metadata, util
 
 wanted = ("torch", "megatron-core", "tokenizers", "tensorboard", "matplotlib", "tqdm",
-          "zstandard", "pytest", "ruff", "mypy")
+          "zstandard", "pytest", "ruff", "mypy", *sys.argv[1:])
 for name in wanted:
     try:
         version = tuple(int(n) for n in metadata.version(name).split(".")[:2])
@@ -87,9 +89,22 @@ make_environment() {
   printf '%s\n' "$stamp" >"$venv/ready"
 }
 
+add_extras() {
+  local venv=$1 pins=$root/constraints.txt missing=()
+  [ ! -f "$venv/installed.txt" ] || pins=$venv/installed.txt
+  mapfile -t missing < <(missing_from "$venv/bin/python" "${extras[@]}")
+  [ ${#missing[@]} -gt 0 ] || return 0
+  say "adding ${missing[*]} to $venv (log: $venv/extras.log)"
+  "$venv/bin/python" -m pip install --no-cache-dir -c "$pins" "${missing[@]}" \
+    >"$venv/extras.log" 2>&1 || {
+    tail -n 15 "$venv/extras.log" >&2
+    give_up "adding ${missing[*]} failed; the whole log is $venv/extras.log"
+  }
+}
+
 use_environment() {
   local venv=${MEGATRON_RLTD_VENV:-$root/.venv} current=${PYTHON:-python3} stamp base
-  if is_python "$current" && [ -z "$(missing_from "$current")" ]; then
+  if is_python "$current" && [ -z "$(missing_from "$current" "${extras[@]}")" ]; then
     PYTHON=$current
     return
   fi
@@ -103,8 +118,15 @@ use_environment() {
       [ "$(cat "$venv/ready" 2>/dev/null)" = "$stamp" ] || make_environment "$base" "$venv" "$stamp"
     ) 9>"$venv/lock" || exit 1
   fi
+  if [ ${#extras[@]} -gt 0 ]; then
+    (
+      if command -v flock >/dev/null; then flock 9; fi
+      add_extras "$venv"
+    ) 9>"$venv/lock" || exit 1
+  fi
   PYTHON=$venv/bin/python
 }
 
+if ! declare -p extras >/dev/null 2>&1; then extras=(); fi
 use_environment
 export PYTHON
