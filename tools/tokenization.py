@@ -79,7 +79,7 @@ def load_hugging_face(path: str, eod_token: str | None, scratch: str) -> Tokeniz
     folder = os.path.join(scratch, "tokenizer") if is_new else path
     try:
         if is_new:
-            _store(path, eod_token, folder)
+            store_hugging_face(path, eod_token, folder)
         megatron = HuggingFaceTokenizer(folder)
     except InputError:
         raise
@@ -103,7 +103,7 @@ def load_hugging_face(path: str, eod_token: str | None, scratch: str) -> Tokeniz
     return Tokenizer(megatron.vocab_size, megatron.eod, file, folder, is_new)
 
 
-def _store(path: str, eod_token: str | None, folder: str) -> None:
+def store_hugging_face(path: str, eod_token: str | None, folder: str) -> None:
     """Write a copy of a tokenizer that names its end-of-document token, for Megatron to load."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=prepare-data
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --output=%x-%A_%a.out
+#SBATCH --open-mode=append
+# From raw text (JSONL, also .gz and .zst) to the one data set that Megatron trains on.
+#
+#   INPUT=pile/ OUTPUT=data/ VOCAB_FILE=gpt2-vocab.json MERGE_FILE=gpt2-merges.txt \
+#     bash examples/gpt3_1.3b/prepare_data.sh                       all of it, here
+#   ... sbatch --array=0-29 examples/gpt3_1.3b/prepare_data.sh      each task its share of the files
+#   ... sbatch --dependency=afterok:JOB examples/gpt3_1.3b/prepare_data.sh      then join them
+#
+# Every file becomes a shard of its own with a checksum. The same command again goes on where the
+# last one stopped: a shard is made once, unless its file has another size or time than it had. As
+# an array, tasks make shards and join nothing; without --array what is missing is made and all
+# shards are joined, in the order of the files' names, into OUTPUT/text_document.bin and .idx.
+#
+#   INPUT        folder of .jsonl, .jsonl.gz and .jsonl.zst files, searched with its subfolders
+#   OUTPUT       folder for shards/, tokenizer/ and text_document.*
+#   VOCAB_FILE   GPT-2's vocab.json     } or TOKENIZER: a Hugging Face tokenizer's folder
+#   MERGE_FILE   GPT-2's merges.txt     }
+#   JSON_KEY     field of each line that holds the text (text)
+#   WORKERS      processes that tokenize (the task's CPUs)
+set -euo pipefail
+
+# sbatch runs a copy of this file from elsewhere; Slurm knows where the original lies.
+script=${BASH_SOURCE[0]}
+if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$(dirname "$script")/../../tools/environment.sh" ]; then
+  script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1)
+fi
+# shellcheck source=tools/environment.sh
+source "$(dirname "$script")/../../tools/environment.sh"
+
+[ -d "${INPUT:-}" ] || give_up "INPUT=${INPUT:-} is no folder; INPUT=folder of .jsonl files"
+[ -n "${OUTPUT:-}" ] || give_up "OUTPUT is not set; OUTPUT=folder for the data set"
+shards=$OUTPUT/shards key=${JSON_KEY:-text}
+tokenizer=${TOKENIZER:-$OUTPUT/tokenizer}
+mkdir -p "$shards" || give_up "OUTPUT=$OUTPUT cannot be made; choose another"
+
+mapfile -d '' files < <(cd "$INPUT" &&
+  find . -type f \( -name '*.jsonl' -o -name '*.jsonl.gz' -o -name '*.jsonl.zst' \) \
+    -not -path '*/.*' -size +0 -printf '%P\0' | LC_ALL=C sort -z)
+[ ${#files[@]} -gt 0 ] || give_up "INPUT=$INPUT has no file ending in .jsonl, .jsonl.gz or .jsonl.zst"
+
+# One at a time makes the tokenizer; the others wait for it.
+exec {lock}>"$OUTPUT/.lock"
+flock "$lock"
+if [ -n "${TOKENIZER:-}" ]; then
+  [ -d "$TOKENIZER" ] || give_up "TOKENIZER=$TOKENIZER is no folder"
+elif [ ! -d "$tokenizer" ]; then
+  if [ -z "${VOCAB_FILE:-}" ] || [ -z "${MERGE_FILE:-}" ]; then
+    give_up "set VOCAB_FILE and MERGE_FILE to GPT-2's two files, or TOKENIZER to a folder"
+  fi
+  "$PYTHON" "$root/tools/gpt2_tokenizer.py" \
+    --vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE" --output "$tokenizer"
+fi
+# Shards of two settings must not meet in one data set.
+settings="key=$key tokenizer=$(cd "$tokenizer" && sha256sum tokenizer.json | cut -c 1-64)"
+if [ ! -s "$shards/settings" ]; then printf '%s\n' "$settings" >"$shards/settings"; fi
+[ "$(cat "$shards/settings")" = "$settings" ] ||
+  give_up "$shards was made with another tokenizer or JSON_KEY; choose another OUTPUT or remove it"
+flock --unlock "$lock"
+
+# Of 30 files task 2 of 8 makes 2, 10, 18 and 26.
+task=${SLURM_ARRAY_TASK_ID:-0} lowest=${SLURM_ARRAY_TASK_MIN:-0} every=${SLURM_ARRAY_TASK_COUNT:-1}
+step=${SLURM_ARRAY_TASK_STEP:-1}
+[ $((lowest + (every - 1) * step)) -eq "${SLURM_ARRAY_TASK_MAX:-0}" ] ||
+  give_up "tasks share the files evenly, so number them without gaps: --array=0-$((every - 1))"
+first=$(((task - lowest) / step))
+failed=0 prefixes=()
+for ((i = first; i < ${#files[@]}; i += every)); do
+  file=${files[i]}
+  shard=$shards/${file//\//__}
+  prefix=${shard}_${key}_document
+  prefixes+=("$prefix")
+  source="$(stat -c 'size %s time %Y' "$INPUT/$file")"
+  if [ -f "$prefix.sha256" ] && [ "$(cat "$shard.source" 2>/dev/null)" = "$source" ]; then continue; fi
+  rm -f "$shard.source" "$prefix.sha256"
+  say "$((i + 1))/${#files[@]} $file"
+  status=0
+  "$PYTHON" "$root/tools/preprocess_data.py" --input "$INPUT/$file" \
+    --json-keys "$key" --append-eod --skip-bad-lines \
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$tokenizer" \
+    --workers "${WORKERS:-${SLURM_CPUS_PER_TASK:-$(nproc)}}" --log-interval 100000 \
+    --output-prefix "$shard" >"$shard.log" 2>&1 || status=$?
+  if [ "$status" -ge 128 ]; then exit "$status"; fi  # stopped; the same command goes on
+  grep -E ' bad documents skipped$|^[^ ]* error: ' "$shard.log" | sed "s|^|$file: |" >&2 || true
+  if [ "$status" -ne 0 ]; then
+    failed=$((failed + 1))
+    continue
+  fi
+  (cd "$shards" && sha256sum "${prefix##*/}".{bin,idx}) >"$prefix.sha256.tmp"
+  mv "$prefix.sha256.tmp" "$prefix.sha256"
+  printf '%s\n' "$source" >"$shard.source"
+done
+[ "$failed" -eq 0 ] || give_up "$failed of ${#prefixes[@]} files failed, see above and $shards/*.log." \
+  "Correct or remove them; the same command goes on"
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  say "${#prefixes[@]} shards made; without --array the same command joins those of all tasks"
+  exit
+fi
+
+# Joining copies everything, so not without need.
+merged=$OUTPUT/text_document
+if [ ! -f "$merged.sha256" ] || ! cat "${prefixes[@]/%/.sha256}" | cmp -s - "$merged.parts"; then
+  rm -f "$merged.parts"
+  "$PYTHON" "$root/tools/merge_datasets.py" \
+    --input "${prefixes[@]/%/.idx}" --output-prefix "$merged"
+  cat "${prefixes[@]/%/.sha256}" >"$merged.parts"
+fi
+cat "${prefixes[@]/%_"${key}"_document/.log}" |
+  awk '/ bad documents skipped$/ { gsub(",", "", $1); bad += $1 }
+    END { if (bad) print bad " bad lines skipped, named in shards/*.log" }'
+say "train with DATA_PATH=$merged TOKENIZER=$tokenizer"
