@@ -4,6 +4,8 @@
 #   bash tools/run_tests.sh                        everything
 #   bash tools/run_tests.sh tests/test_ops.py      or whatever else pytest takes
 set -euo pipefail
+# shellcheck disable=SC2034  # of environment.sh
+extras=(lm_eval mkdocs-material mkdocstrings-python)
 # shellcheck source=tools/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
