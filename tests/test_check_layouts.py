@@ -111,6 +111,38 @@ def test_plain_megatron_gets_none_of_the_flags():
     assert layout_runs.without_random_ltd(line) == "--lr 1 --bf16 --x y"
 
 
+@pytest.mark.parametrize(
+    ("features", "numbers", "expected"),
+    [
+        # loss, norm, plain, plain_norm, limit
+        (layout_matrix.NONE, (0.0, 0.0, None, None, 1e-5), layout_runs.EQUAL),
+        (layout_matrix.NONE, (0.0, 1e-6, None, None, 1e-5), layout_runs.EQUAL),
+        (layout_matrix.NONE, (1e-6, 1e-6, None, None, 1e-5), layout_runs.WITHIN),
+        (layout_matrix.NONE, (1e-5, 1e-5, None, None, 1e-5), layout_runs.WITHIN),
+        (layout_matrix.NONE, (1.1e-5, 0.0, None, None, 1e-5), layout_runs.OVER),
+        (layout_matrix.NONE, (0.0, 1.1e-5, None, None, 1e-5), layout_runs.OVER),
+        # Plain Megatron differs too, but half as much at least.
+        (layout_matrix.NONE, (1e-3, 0.0, 5e-4, 0.0, 1e-5), layout_runs.AS_PLAIN),
+        (layout_matrix.NONE, (1e-3, 0.0, 4e-4, 0.0, 1e-5), layout_runs.OVER),
+        (layout_matrix.NONE, (0.0, 1e-3, 1.0, 4e-4, 1e-5), layout_runs.OVER),
+        (layout_matrix.NONE, (None, None, 1e-3, 1e-3, 1e-5), layout_runs.FAILED),
+        # Low precision is judged by plain Megatron, and not at all without its difference.
+        ("bf16", (1e-3, 9.0, 5e-4, 0.0, 1e-3), layout_runs.WITHIN),
+        ("bf16", (1e-3, 0.0, None, None, None), layout_runs.FAILED),
+        ("bf16", (3e-3, 0.0, 1e-3, 0.0, 2e-3), layout_runs.OVER),
+        # What must differ.
+        ("other-seed", (1e-3, 1e-3, None, None, None), layout_runs.DIFFERS),
+        ("other-seed", (9e-5, 1.0, None, None, None), layout_runs.UNNOTICED),
+        ("other-seed", (None, None, None, None, None), layout_runs.FAILED),
+    ],
+)
+def test_verdicts(features, numbers, expected):
+    row = layout_matrix.Row("TP2", "gpt", features)
+    names = ("loss", "norm", "plain", "plain_norm", "limit")
+    result = layout_runs.Result(row, 2, **dict(zip(names, numbers, strict=True)))
+    assert layout_runs._verdict(result) == expected
+
+
 def test_a_difference_is_of_all_steps():
     assert layout_runs.difference([2.0, 1.0], [2.0, 1.25], 2) == pytest.approx(0.2)
     assert layout_runs.difference([2.0, 1.25], [2.0, 1.25], 2) == 0
