@@ -1,0 +1,190 @@
+"""Megatron's distributed checkpoints, read and written whole by one process, without a model.
+
+Parameters lie in them as whole tensors, cut up as the run's ranks held them; Megatron's own
+``megatron.core.dist_checkpointing`` puts them together. A checkpoint of any layout is read, and one
+written here is loaded on any.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from hf_config import ConversionError
+from torch import Tensor
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # Megatron's name of a checkpoint that was converted: without an iteration
+OF_MODEL = ("embedding.", "decoder.", "output_layer.", "mtp.")
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Be a whole Megatron run of one process, on the CPU."""
+    from megatron_rltd import cpu, versions
+
+    warnings.filterwarnings("ignore")
+    versions.require_installed()
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # seconds of importing what is not needed
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    with contextlib.ExitStack() as stack:
+        if cpu.is_needed():
+            stack.enter_context(cpu.enabled())  # before Megatron is imported
+        import megatron.core.dist_checkpointing  # noqa: F401  registers what args may be made of
+
+        logging.getLogger("megatron").setLevel(logging.ERROR)
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+        stack.callback(torch.distributed.destroy_process_group)
+        yield
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to write in, which becomes `path` if all goes well, and else is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield scratch
+        for written in (scratch, *scratch.rglob("*")):  # mkdtemp and safetensors allow nobody else
+            written.chmod(0o755 if written.is_dir() else 0o644)
+        scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def find(load: Path, iteration: int | None) -> Path:
+    """Return the folder of a checkpoint.
+
+    Args:
+        load: What a run has as --save, or the folder of one iteration.
+        iteration: Which one; None: the latest.
+
+    Raises:
+        ConversionError: There is none of the distributed format.
+    """
+    if iteration is not None:
+        folder = load / f"iter_{iteration:07d}"
+    elif (load / TRACKER).is_file():
+        latest = (load / TRACKER).read_text().strip()
+        folder = load / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
+    else:
+        folder = load
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.name for path in load.glob("iter_*"))) or "no iter_ folder"
+        raise ConversionError(f"--load {load}: there is no {folder}; there is {there}")
+    if not (folder / "metadata.json").is_file():
+        raise ConversionError(
+            f"--load {folder} is not a checkpoint of --ckpt-format torch_dist; give a run's --save "
+            "folder. A run with another format writes this one after --ckpt-convert-format "
+            "torch_dist --ckpt-convert-save FOLDER"
+        )
+    return folder
+
+
+def stored_args(folder: Path) -> Any:
+    """Return Megatron's arguments of the run that wrote a checkpoint, and its iteration.
+
+    Raises:
+        ConversionError: It holds none that can be read.
+    """
+    from megatron.core import dist_checkpointing
+
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+    except Exception as error:  # of torch, pickle or Megatron, depending on what is broken
+        raise ConversionError(f"--load {folder} cannot be read: {_first_line(error)}") from None
+    args = common.get("args")
+    if args is None or not hasattr(args, "layernorm_epsilon"):
+        raise ConversionError(f"--load {folder} does not hold the arguments of Megatron 0.17 to 0.19")
+    return args
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return {name: shape} of a model's parameters, a layer's as [layers, ...]."""
+    return {name: tuple(t.global_shape) for name, t in _parameters(folder).items()}
+
+
+def _parameters(folder: Path) -> dict[str, Any]:
+    """Return what dist_checkpointing knows of the model's parameters; the optimizer is left out."""
+    from megatron.core import dist_checkpointing
+
+    tensors = dist_checkpointing.load_tensors_metadata(str(folder))
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(OF_MODEL)}
+
+
+def read(folder: Path, name: str) -> Tensor:
+    """Return one parameter, whole, in the dtype that is stored.
+
+    Raises:
+        ConversionError: Its file is damaged or missing.
+    """
+    from megatron.core import dist_checkpointing
+
+    wanted = {name: _parameters(folder)[name]}
+    try:
+        loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+    except Exception as error:  # of torch, pickle or the file system, depending on what is broken
+        raise ConversionError(f"--load {folder} cannot be read: {_first_line(error)}") from None
+    return loaded[name].cpu()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def parse(flags: list[str]) -> Any:
+    """Return Megatron's arguments for flags, checked and completed by Megatron."""
+    from megatron.training import arguments
+
+    # What any machine has: they say how to compute, not what, and no run takes them over.
+    anywhere = ["--transformer-impl", "local", "--no-persist-layer-norm"]
+    anywhere += ["--no-gradient-accumulation-fusion", "--no-rope-fusion", "--micro-batch-size", "1"]
+    before, sys.argv = sys.argv, ["pretrain_gpt.py", *anywhere, *flags]
+    try:
+        args = arguments.parse_args()
+        fusion = args.bias_gelu_fusion
+        with contextlib.redirect_stdout(None):
+            arguments.validate_args(args)
+    finally:
+        sys.argv = before
+    # Whether the GELU is exact is part of the model, and not for `cpu` to decide.
+    args.bias_gelu_fusion = fusion and args.add_bias_linear
+    return args
+
+
+def write(save: Path, args: Any, tensors: Iterable[tuple[str, int | None, Tensor]]) -> Path:
+    """Write a converted checkpoint and say that it is the latest; return its folder.
+
+    Args:
+        save: An empty folder.
+        args: Megatron's arguments, to be stored.
+        tensors: (name, layer from 0 or None, tensor).
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    folder = save / RELEASE
+    folder.mkdir()
+    model = {}
+    for name, layer, tensor in tensors:
+        if layer is None:
+            model[name] = ShardedTensor.from_rank_offsets(name, tensor)
+        else:
+            offset = (0, layer, args.num_layers)
+            part = ShardedTensor.from_rank_offsets(name, tensor, offset, prepend_axis_num=1)
+            model[f"{name}.{layer}"] = part
+    state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
+    metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+    (save / TRACKER).write_text(RELEASE)
+    return folder
