@@ -52,8 +52,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def export(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Write the Hugging Face model into an empty folder; return what to say of it.
+def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str, Any], list[str]]:
+    """Return the model's configuration, its parameters by name, and what to say of them.
+
+    Args:
+        scratch: An empty folder, to write the tokenizer to.
 
     Raises:
         ConversionError: The checkpoint cannot be exported.
@@ -85,28 +88,26 @@ def export(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             lambda name: hf_checkpoint.read(folder, name),
         )
     }
+    config.dtype = weights[next(iter(weights))].dtype
     parameters = sum(tensor.numel() for tensor in weights.values())
-    _save(config, weights, scratch)
-    return {
-        "checkpoint": folder,
-        "class": config.architectures[0],
-        "parameters": parameters,
-        "vocabulary": vocabulary,
-        "padding": rows - vocabulary,
-        "dtype": config.dtype,
-        "tokenizer": tokenizer,
-        "activation": getattr(config, "activation_function", None),
-    }
+    said = [
+        f"{hf_config.TITLES[family]}, {parameters:,} parameters in {config.dtype}, from {folder}",
+        f"vocabulary: {vocabulary:,} tokens, {rows - vocabulary:,} rows of padding cut off",
+    ]
+    if family == "gpt2":
+        said.append(f"activation: {config.activation_function}, which is what the run computed")
+    if tokenizer is None:
+        said.append("no tokenizer: evaluation needs one, see --tokenizer")
+    return config, weights, said
 
 
-def _save(config: Any, weights: dict[str, Any], folder: Path) -> None:
+def save(config: Any, weights: dict[str, Any], folder: Path) -> None:
     """Let transformers write the model, every parameter of which must be there and no other."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config.dtype = weights[next(iter(weights))].dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
@@ -129,20 +130,15 @@ def main(argv: list[str] | None = None) -> int:
     from hf_config import ConversionError
 
     try:
-        with hf_checkpoint.alone(), hf_checkpoint.new_folder(options.output) as scratch:
-            said = export(options, scratch)
+        with hf_checkpoint.new_folder(options.output) as scratch:
+            with hf_checkpoint.alone():
+                config, weights, said = converted(options, scratch)
+            # Not in there: what torch.device("meta") first sees of torch, it sees ever after.
+            save(config, weights, scratch)
     except (ConversionError, OSError) as error:
         print(f"export_hf: {error}", file=sys.stderr)
         return 2
-    print(
-        f"{options.output}: {said['class']}, {said['parameters']:,} parameters in {said['dtype']}, "
-        f"from {said['checkpoint']}\n"
-        f"vocabulary: {said['vocabulary']:,} tokens, {said['padding']} rows of padding cut off"
-    )
-    if said["activation"]:
-        print(f"activation: {said['activation']}, which is what the run computed")
-    if said["tokenizer"] is None:
-        print("no tokenizer: evaluation needs one, --tokenizer or --vocab-file and --merge-file")
+    print(f"{options.output}: {said[0]}", *said[1:], sep="\n")
     return 0
 
 

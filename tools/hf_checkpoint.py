@@ -22,6 +22,12 @@ from torch import Tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron's name of a checkpoint that was converted: without an iteration
+WITH_EXTRA_STATE = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
 OF_MODEL = ("embedding.", "decoder.", "output_layer.", "mtp.")
 
 
@@ -99,10 +105,8 @@ def stored_args(folder: Path) -> Any:
     """
     from megatron.core import dist_checkpointing
 
-    try:
+    with _readable(folder):
         common = dist_checkpointing.load_common_state_dict(str(folder))
-    except Exception as error:  # of torch, pickle or Megatron, depending on what is broken
-        raise ConversionError(f"--load {folder} cannot be read: {_first_line(error)}") from None
     args = common.get("args")
     if args is None or not hasattr(args, "layernorm_epsilon"):
         raise ConversionError(f"--load {folder} does not hold the arguments of Megatron 0.17 to 0.19")
@@ -131,15 +135,23 @@ def read(folder: Path, name: str) -> Tensor:
     from megatron.core import dist_checkpointing
 
     wanted = {name: _parameters(folder)[name]}
-    try:
+    with _readable(folder):
         loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
-    except Exception as error:  # of torch, pickle or the file system, depending on what is broken
-        raise ConversionError(f"--load {folder} cannot be read: {_first_line(error)}") from None
     return loaded[name].cpu()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn what torch, pickle, Megatron or the file system raise into a ConversionError."""
+    from torch.distributed.checkpoint import CheckpointException  # no Exception
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ConversionError(
+            f"--load {folder} cannot be read, a file of it is damaged or missing ({reason})"
+        ) from None
 
 
 def parse(flags: list[str]) -> Any:
@@ -171,7 +183,7 @@ def write(save: Path, args: Any, tensors: Iterable[tuple[str, int | None, Tensor
         tensors: (name, layer from 0 or None, tensor).
     """
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
     folder = save / RELEASE
     folder.mkdir()
@@ -183,6 +195,12 @@ def write(save: Path, args: Any, tensors: Iterable[tuple[str, int | None, Tensor
             offset = (0, layer, args.num_layers)
             part = ShardedTensor.from_rank_offsets(name, tensor, offset, prepend_axis_num=1)
             model[f"{name}.{layer}"] = part
+    # Transformer Engine keeps FP8 scales there and asks for them on loading, as do the local layers.
+    for module in WITH_EXTRA_STATE:
+        name, layers = f"decoder.layers.{module}._extra_state", (args.num_layers,)
+        model |= {f"{name}.{i}": ShardedObject(name, None, layers, (i,)) for i in range(*layers)}
+    name = "decoder.final_layernorm._extra_state"
+    model[name] = ShardedObject(name, None, (1,), (0,))
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
     metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     dist_checkpointing.save(state, str(folder), content_metadata=metadata)

@@ -94,14 +94,34 @@ def main(argv: list[str] | None = None) -> int:
     except (ConversionError, OSError) as error:
         print(f"import_hf: {error}", file=sys.stderr)
         return 2
-    print(f"{options.output}: a {config.model_type}, to be trained with")
-    print(" ".join(["  --load", shlex.quote(str(options.output)), "--finetune", shlex.join(flags)]))
+    load = ["--load", str(options.output), "--finetune"]
+    print(f"{options.output}: a {config.model_type}, to be trained with\n")
+    print("  " + shlex.join([*load, *flags]) + "\n")
+    print(
+        "or the same with --use-checkpoint-args, by which Megatron knows all of these but for "
+        f"{shlex.join(not_stored(flags))}"
+    )
     if getattr(config, "activation_function", None) in TANH_GELUS:
         print(
-            f"its {config.activation_function} is Megatron's GELU fused with the bias, its default "
-            "on a GPU; without that fusion (--no-bias-gelu-fusion, and on a CPU) GELU is exact"
+            f"{config.activation_function} is Megatron's GELU fused with the bias, its default on a "
+            "GPU; with --no-bias-gelu-fusion, and on a CPU, GELU is exact"
         )
     return 0
+
+
+def not_stored(flags: list[str]) -> list[str]:
+    """Return what --use-checkpoint-args leaves to the command line.
+
+    Source: ``megatron/training/checkpointing.py:load_args_from_checkpoint``.
+    """
+    kept: list[str] = []
+    for flag in flags:
+        if flag.startswith("--"):
+            takes = flag in ("--norm-epsilon", "--no-bias-gelu-fusion") or "tokenizer" in flag
+            takes = takes or flag == "--vocab-size"
+        if takes:
+            kept.append(flag)
+    return kept
 
 
 if __name__ == "__main__":
