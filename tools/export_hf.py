@@ -98,6 +98,8 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
         said.append(f"activation: {config.activation_function}, which is what the run computed")
     if tokenizer is None:
         said.append("no tokenizer: evaluation needs one, see --tokenizer")
+    elif tokenizer.eos_token is None:
+        said.append("the tokenizer names no end-of-text token (eos_token), as evaluation needs")
     return config, weights, said
 
 

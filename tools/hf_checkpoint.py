@@ -98,7 +98,7 @@ def find(load: Path, iteration: int | None) -> Path:
 
 
 def stored_args(folder: Path) -> Any:
-    """Return Megatron's arguments of the run that wrote a checkpoint, and its iteration.
+    """Return Megatron's arguments of the run that wrote a checkpoint.
 
     Raises:
         ConversionError: It holds none that can be read.
@@ -109,7 +109,7 @@ def stored_args(folder: Path) -> Any:
         common = dist_checkpointing.load_common_state_dict(str(folder))
     args = common.get("args")
     if args is None or not hasattr(args, "layernorm_epsilon"):
-        raise ConversionError(f"--load {folder} does not hold the arguments of Megatron 0.17 to 0.19")
+        raise ConversionError(f"--load {folder}: it lacks the arguments of a Megatron 0.17 to 0.19")
     return args
 
 
@@ -195,7 +195,7 @@ def write(save: Path, args: Any, tensors: Iterable[tuple[str, int | None, Tensor
             offset = (0, layer, args.num_layers)
             part = ShardedTensor.from_rank_offsets(name, tensor, offset, prepend_axis_num=1)
             model[f"{name}.{layer}"] = part
-    # Transformer Engine keeps FP8 scales there and asks for them on loading, as do the local layers.
+    # Where Transformer Engine keeps FP8 scales: it asks for them on loading, and local layers, too.
     for module in WITH_EXTRA_STATE:
         name, layers = f"decoder.layers.{module}._extra_state", (args.num_layers,)
         model |= {f"{name}.{i}": ShardedObject(name, None, layers, (i,)) for i in range(*layers)}

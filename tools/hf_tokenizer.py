@@ -26,24 +26,27 @@ def write(folder: Path, args: Any, given: Path | None, vocab: Path | None, merge
     Raises:
         ConversionError: It cannot be loaded.
     """
+    from transformers import AutoTokenizer
+
     if not given and not vocab:
         given, vocab, merges = _of_run(args)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            if given:
-                tokenization._store(str(given), None, str(folder))
-            elif vocab and merges:
-                path = Path(scratch) / "tokenizer.json"
-                path.write_text(_byte_level_bpe(vocab, merges))
-                tokenization._store(str(path), GPT2_END, str(folder))
-            else:
+            if vocab and merges:
+                given = Path(scratch) / "tokenizer.json"
+                given.write_text(_byte_level_bpe(vocab, merges))
+            if not given:
                 return None
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder)
+            tokenization._store(str(given), None, str(folder))
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            if tokenizer.eos_token is None and GPT2_END in tokenizer.get_vocab():
+                # A tokenizer.json names none; without one there is nothing to begin a text with.
+                tokenization._store(str(given), GPT2_END, str(folder))
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+        return tokenizer
     except (InputError, OSError, ValueError) as problem:
         reason = " ".join(str(problem).split()).split(". ")[0]
-        named = f"--tokenizer {given}" if given else f"--vocab-file {vocab} --merge-file {merges}"
+        named = f"--vocab-file {vocab} --merge-file {merges}" if vocab else f"--tokenizer {given}"
         raise ConversionError(f"{named}: no tokenizer can be loaded from it ({reason})") from None
 
 

@@ -178,9 +178,7 @@ def _split_qkv(tensor: Tensor, shape: Shape) -> list[Tensor]:
 
 def _join_qkv(tensors: list[Tensor], shape: Shape) -> Tensor:
     heads = (shape.heads // shape.groups, 1, 1)
-    grouped = [
-        t.unflatten(0, (shape.groups, n, -1)) for t, n in zip(tensors, heads, strict=True)
-    ]
+    grouped = [t.unflatten(0, (shape.groups, n, -1)) for t, n in zip(tensors, heads, strict=True)]
     return torch.cat(grouped, dim=1).flatten(0, 2)
 
 
@@ -196,7 +194,7 @@ def reader(folder: Path, family: str, dtype: torch.dtype | None) -> Callable[[st
     from safetensors import safe_open
 
     files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
-    file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118  no mapping
+    file_of = {name: file for file in files for name in file.keys()}
     prefix = FAMILIES[family][2].partition(".")[0] + "."
     if any(name.startswith(prefix) for name in file_of):
         prefix = ""

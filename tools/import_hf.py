@@ -78,7 +78,8 @@ def convert(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[str]]
     try:
         hf_checkpoint.write(scratch, args, hf_weights.to_megatron(family, shape, rows, read))
     except KeyError as name:
-        raise hf_config.ConversionError(f"--input {options.input}: there is no tensor {name}") from None
+        said = f"--input {options.input}: there is no tensor {name}"
+        raise hf_config.ConversionError(said) from None
     return config, [*flags, *tokenizer]
 
 
@@ -103,8 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     if getattr(config, "activation_function", None) in TANH_GELUS:
         print(
-            f"{config.activation_function} is Megatron's GELU fused with the bias, its default on a "
-            "GPU; with --no-bias-gelu-fusion, and on a CPU, GELU is exact"
+            f"{config.activation_function} is Megatron's GELU fused with the bias, the default on "
+            "a GPU; with --no-bias-gelu-fusion, and on a CPU, GELU is exact"
         )
     return 0
 

@@ -70,8 +70,9 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     evaluated one by one and again.
 
     Returns:
-        "scores" {task: (score, standard error or None)}, in per cent but for perplexities, "metrics"
-        {task: metric}, "shots" {task: few-shot examples}, "limited" tasks not evaluated whole.
+        "scores" {task: (score, standard error or None)}, in per cent but for perplexities,
+        "metrics" {task: metric}, "shots" {task: few-shot examples}, "limited": the tasks of which
+        not every question was asked.
 
     Raises:
         LogError: There are no results, or they are not lm_eval's.
@@ -114,8 +115,9 @@ def _score(values: dict[str, Any], metric: str | None) -> Score | None:
         return None
     error = values.get(key.replace(f"{metric},", f"{metric}_stderr,"))
     percent = 1 if metric in PERPLEXITY.values() else 100
-    is_known = isinstance(error, int | float) and math.isfinite(error)
-    return percent * values[key], percent * error if is_known else None
+    if not isinstance(error, int | float) or not math.isfinite(error):  # "N/A", or of one question
+        return percent * values[key], None
+    return percent * values[key], percent * error
 
 
 def whole_questions(results: Path) -> Score | None:
