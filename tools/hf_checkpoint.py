@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from hf_config import ConversionError
@@ -38,10 +39,10 @@ def alone() -> Iterator[None]:
 
     warnings.filterwarnings("ignore")
     versions.require_installed()
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # seconds of importing what is not needed
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    ours = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    ours["TORCHDYNAMO_DISABLE"] = "1"  # seconds of importing what is not needed
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, ours))
         if cpu.is_needed():
             stack.enter_context(cpu.enabled())  # before Megatron is imported
         import megatron.core.dist_checkpointing  # noqa: F401  registers what args may be made of

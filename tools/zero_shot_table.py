@@ -89,7 +89,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
             content = json.loads(file.read_text())
             results, shots = content["results"], content["n-shot"]
             limit = content.get("config", {}).get("limit")
-        except (ValueError, KeyError, AttributeError) as problem:
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
             raise LogError(f"--eval {file} is not a result of lm_eval ({problem})") from None
         for task, values in results.items():
             metric = METRICS.get(task) or PERPLEXITY.get(task) or _first_metric(values)
@@ -147,24 +147,39 @@ def whole_questions(results: Path) -> Score | None:
 
 
 def average(evaluation: dict[str, Any]) -> Score | None:
-    """Return the average of the experiment's tasks, None unless every one is there and whole."""
-    scores = evaluation["scores"]
-    if not METRICS.keys() <= scores.keys() - evaluation["limited"]:
+    """Return the average of the experiment's tasks, None if there is a `reason` against one."""
+    if reason(evaluation):
         return None
-    values, errors = zip(*(scores[task] for task in METRICS), strict=True)
+    values, errors = zip(*(evaluation["scores"][task] for task in METRICS), strict=True)
     error = None if None in errors else math.hypot(*errors) / len(METRICS)
     return sum(values) / len(METRICS), error
 
 
-def shots_of(evaluations: dict[str, dict[str, Any]]) -> int | None:
-    """Return the few-shot examples that all of the experiment's tasks had, None if they differ."""
-    shots = {
+def reason(evaluation: dict[str, Any]) -> str | None:
+    """Return why there is no average that could be compared with the published ones."""
+    missing = [task for task in METRICS if task not in evaluation["scores"]]
+    if missing:
+        return (
+            f"{len(missing)} of {len(METRICS)} tasks are missing ({', '.join(missing)}), and the "
+            "average of other tasks is comparable to nothing"
+        )
+    limited = [task for task in METRICS if task in evaluation["limited"]]
+    if limited:
+        return f"evaluated with LIMIT: {', '.join(limited)}"
+    shots = sorted({evaluation["shots"][task] for task in METRICS})
+    if len(shots) > 1:
+        return f"the tasks had different numbers of examples: {', '.join(map(str, shots))}"
+    return None
+
+
+def shots_of(evaluations: dict[str, dict[str, Any]]) -> set[int]:
+    """Return the numbers of few-shot examples that the experiment's tasks had."""
+    return {
         shots
         for evaluation in evaluations.values()
         for task, shots in evaluation["shots"].items()
         if task in METRICS
     }
-    return shots.pop() if len(shots) == 1 else None
 
 
 def table(evaluations: dict[str, dict[str, Any]], markdown: bool = False) -> str:
@@ -196,38 +211,35 @@ def notes(evaluations: dict[str, dict[str, Any]]) -> list[str]:
     """Say why an average is missing, and what the published ones are and are not."""
     lines = ["per cent ± standard error of drawing the questions, but for perplexities"]
     for name, evaluation in evaluations.items():
-        missing = [task for task in METRICS if task not in evaluation["scores"]]
-        if missing:
-            lines.append(
-                f"{name}: no average, {len(missing)} of {len(METRICS)} tasks are missing "
-                f"({', '.join(missing)}); that of other tasks would be comparable to nothing"
-            )
-        limited = sorted(METRICS.keys() & evaluation["limited"])
-        if limited:
-            lines.append(f"{name}: no average, evaluated with --limit: {', '.join(limited)}")
-    if any("multirc" in e["shots"] or "multirc" not in e["scores"] for e in evaluations.values()):
+        why = reason(evaluation)
+        if why:
+            lines.append(f"{name}: no average: {why}")
+    lines.append(
+        "multirc counts questions of which every answer is judged rightly, as lm_eval 0.2.0 did; "
+        "it takes the samples_multirc_*.jsonl of --log_samples"
+    )
+    shots = sorted(shots_of(evaluations))
+    if len(shots) > 1:
         lines.append(
-            "multirc counts questions of which every answer is judged rightly, as lm_eval 0.2.0 "
-            "did; it takes the samples_multirc_*.jsonl of --log_samples"
+            f"models or tasks had different numbers of examples ({', '.join(map(str, shots))}): "
+            "compare none of them"
         )
-    shots = shots_of(evaluations)
-    if shots in PUBLISHED:
-        listed = ", ".join(f"{run} {value}" for run, value in PUBLISHED[shots].items())
+    for count in shots:
+        published = [f"{run} {value}" for run, value in PUBLISHED.get(count, {}).items()]
         lines.append(
-            f"published averages, {shots} examples, lm_eval 0.2.0: {listed}; other prompts of "
-            "lm_eval 0.4 and generated instead of ranked answers (triviaqa) move a task by points, "
-            "so compare differences"
+            f"published averages, {count} examples, lm_eval 0.2.0: "
+            f"{', '.join(published) or 'none, there are those of 0 and of 10'}"
         )
-    elif shots is None:
-        lines.append("the tasks had different numbers of examples, or none is the experiment's")
-    else:
-        lines.append(f"nothing is published for {shots} examples, only for 0 and 10")
+    if shots:
+        lines.append(
+            "prompts of lm_eval 0.4 differ from 0.2.0's, and triviaqa's answers are generated: "
+            "compare differences between models, not averages"
+        )
     return lines
 
 
 def result(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return all of it for JSON, at full precision."""
-    shots = shots_of(evaluations)
     return {
         "models": {
             name: {
@@ -238,6 +250,6 @@ def result(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
             }
             for name, evaluation in evaluations.items()
         },
-        "published": None if shots is None else PUBLISHED.get(shots),
+        "published": {count: PUBLISHED.get(count) for count in shots_of(evaluations)},
         "notes": notes(evaluations),
     }
