@@ -91,7 +91,7 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
     config.dtype = weights[next(iter(weights))].dtype
     parameters = sum(tensor.numel() for tensor in weights.values())
     said = [
-        f"{hf_config.TITLES[family]}, {parameters:,} parameters in {config.dtype}, from {folder}",
+        f"{hf_config.TITLES[family]}, {parameters:,} parameters in {str(config.dtype)[6:]}, from {folder}",
         f"vocabulary: {vocabulary:,} tokens, {rows - vocabulary:,} rows of padding cut off",
     ]
     if family == "gpt2":

@@ -9,6 +9,8 @@ import tokenization
 from corpus import InputError
 from hf_config import ConversionError
 
+from megatron_rltd import versions
+
 GPT2_END = "<|endoftext|>"
 WITHOUT_FILES = "NullTokenizer"
 
@@ -88,7 +90,10 @@ def vocabulary(args: Any, tokenizer: Any, asked: int | None, rows: int) -> int:
     Raises:
         ConversionError: It is not known, or is not that of the model.
     """
-    trained = args.vocab_size if args.tokenizer_type == WITHOUT_FILES else None
+    trained = None
+    if args.tokenizer_type == WITHOUT_FILES:
+        # Megatron 0.17 has its end-of-document token after --vocab-size tokens, not among them.
+        trained = args.vocab_size + (versions.release() < (0, 18))
     size = asked or trained or (len(tokenizer) if tokenizer else None)
     if size is None:
         raise ConversionError(
