@@ -204,11 +204,23 @@ def test_norms_stored_less_one():
     centred: dict = {}
     for name, _, tensor in hf_weights.to_megatron("gpt2", shape, 128, weights.__getitem__):
         is_norm = "norm" in name and name.endswith("weight")
-        centred.setdefault(name, []).append(tensor.double() - is_norm)
+        centred.setdefault(name, []).append(tensor.double() - float(is_norm))
     stored = {k: torch.stack(v) if len(v) > 1 else v[0] for k, v in centred.items()}
     shape = dataclasses.replace(shape, centred_norms=True)
     for name, tensor in hf_weights.to_hugging_face("gpt2", shape, stored.__getitem__):
         assert torch.allclose(tensor, weights[name].double(), rtol=0, atol=1e-6)
+
+
+def test_padding_hardly_changes_the_loss():
+    # Where logits are far below zero, as a published GPT-2's are, rows of zeros would be all.
+    generator = torch.Generator().manual_seed(1)
+    rows, hidden = (torch.randn(n, 8, generator=generator) for n in (50, 20))
+    rows[:, 0] -= 30
+    hidden[:, 0] = 1
+    padded = hf_weights.pad(rows, 64)
+    assert torch.equal(padded[:50], rows)
+    more = (hidden @ padded.T).logsumexp(1) - (hidden @ rows.T).logsumexp(1)
+    assert 0 < more.max() <= np.log(64 / 50)
 
 
 def stored(**changes):

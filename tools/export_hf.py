@@ -90,8 +90,9 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
     }
     config.dtype = weights[next(iter(weights))].dtype
     parameters = sum(tensor.numel() for tensor in weights.values())
+    kind = f"{hf_config.TITLES[family]}, {parameters:,} parameters in {str(config.dtype)[6:]}"
     said = [
-        f"{hf_config.TITLES[family]}, {parameters:,} parameters in {str(config.dtype)[6:]}, from {folder}",
+        f"{kind}, from {folder}",
         f"vocabulary: {vocabulary:,} tokens, {rows - vocabulary:,} rows of padding cut off",
     ]
     if family == "gpt2":
