@@ -1,5 +1,6 @@
 """tools/eval_zero_shot.sh: lm_eval itself on an exported model, offline, and its tasks' names."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -20,7 +21,8 @@ import zero_shot_table
 SCRIPT = ["bash", "tools/eval_zero_shot.sh"]
 TASKS = "tests/lm_eval_tasks"
 needs_lm_eval = pytest.mark.skipif(
-    not any(Path(p, "lm_eval").is_dir() for p in sys.path), reason="lm_eval is not installed"
+    importlib.util.find_spec("lm_eval") is None,
+    reason="lm_eval is not installed: pip install -c constraints.txt lm_eval",
 )
 
 
@@ -157,6 +159,7 @@ def listed_metrics(task):
     return {entry["metric"] for entry in entries}
 
 
+@needs_lm_eval
 def test_the_command_follows_the_variables(model, tmp_path):
     def command(*arguments, **variables):
         status, said = evaluate(model, *arguments, DRY_RUN="1", **variables)

@@ -44,7 +44,7 @@ case ${LIMIT:-1} in *[!0-9]* | 0) fail "LIMIT=$LIMIT is not a number of question
 [ -z "${INCLUDE_PATH:-}" ] || [ -d "$INCLUDE_PATH" ] || fail "INCLUDE_PATH: no folder $INCLUDE_PATH"
 
 # shellcheck disable=SC2034  # for environment.sh
-extras=(lm_eval)
+extras=(lm_eval transformers accelerate)
 # shellcheck source=tools/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 device=${DEVICE:-$("$PYTHON" -W ignore -c "

@@ -214,11 +214,12 @@ def notes(evaluations: dict[str, dict[str, Any]]) -> list[str]:
         why = reason(evaluation)
         if why:
             lines.append(f"{name}: no average: {why}")
-    lines.append(
-        "multirc counts questions of which every answer is judged rightly, as lm_eval 0.2.0 did; "
-        "it takes the samples_multirc_*.jsonl of --log_samples"
-    )
     shots = sorted(shots_of(evaluations))
+    if shots:
+        lines.append(
+            "multirc counts questions of which every answer is judged rightly, as lm_eval 0.2.0 "
+            "did; it takes the samples_multirc_*.jsonl of --log_samples"
+        )
     if len(shots) > 1:
         lines.append(
             f"models or tasks had different numbers of examples ({', '.join(map(str, shots))}): "
