@@ -402,8 +402,13 @@ def test_wrong_command_lines_of_the_import(tmp_path, capsys):
     file = tmp_path / "hf" / "model.safetensors"
     weights = load_file(file)
     del weights["transformer.h.1.ln_2.bias"]
+    weights["transformer.h.1.adapter.weight"] = torch.ones(2)
     save_file(weights, file)
-    assert "there is no tensor 'h.1.ln_2.bias'" in said().replace("transformer.", "")
+    line = said()
+    assert "there is no tensor transformer.h.1.ln_2.bias; Megatron's GPT has no place for " in line
+    assert line.endswith("transformer.h.1.adapter.weight")
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "nothing"}')
+    assert f"--input {tmp_path / 'hf'}: The checkpoint you are trying to load" in said()
     file.unlink()
     assert "there is no *.safetensors" in said()
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

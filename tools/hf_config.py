@@ -4,6 +4,7 @@ Either way, what the other side does not have is refused, all of it at once and 
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from hf_weights import FAMILIES, LAYERS, Shape, of_model
@@ -152,6 +153,25 @@ def check_names(family: str, shape: Shape, names: Iterable[str]) -> None:
             f"this is no {TITLES[family]} as Megatron's GPT stores it: the checkpoint "
             + ", ".join(listed[:4] + ["..."] * (len(listed) > 4))
         )
+
+
+def check_tensors(folder: Path, expected: set[str], names: Iterable[str], tied: bool) -> None:
+    """Check that a Hugging Face folder holds a model's parameters and no other.
+
+    Args:
+        expected: The parameters' names.
+        names: Those in the folder.
+        tied: Whether a head may be there that is the embedding.
+
+    Raises:
+        ConversionError: It does not.
+    """
+    found = set(names) - ({"lm_head.weight"} if tied else set())
+    listed = [f"there is no tensor {name}" for name in sorted(expected - found)]
+    listed += [f"Megatron's GPT has no place for {name}" for name in sorted(found - expected)]
+    if listed:
+        more = "; ..." if len(listed) > 4 else ""
+        raise ConversionError(f"--input {folder}: " + "; ".join(listed[:4]) + more)
 
 
 def activation_of(args: Any) -> str:

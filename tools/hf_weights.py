@@ -9,6 +9,7 @@ v vocabulary. A weight is [outputs, inputs] in Megatron and Llama, [inputs, outp
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,6 +79,8 @@ FAMILIES: dict[str, tuple[Names, Names, str]] = {
     "llama": (_LLAMA, _LLAMA_LAYER, "model.layers"),
 }
 LAYERS = "decoder.layers"
+# What is no parameter, and is computed anew.
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def of_model(family: str, shape: Shape) -> Names:
@@ -182,26 +185,27 @@ def _join_qkv(tensors: list[Tensor], shape: Shape) -> Tensor:
     return torch.cat(grouped, dim=1).flatten(0, 2)
 
 
-def reader(folder: Path, family: str, dtype: torch.dtype | None) -> Callable[[str], Tensor]:
-    """Return the function that reads a tensor of a folder with safetensors files.
+def stored(folder: Path, family: str) -> dict[str, Callable[[], Tensor]]:
+    """Return what reads each tensor of a folder with safetensors files.
 
-    It takes the name that the tensor has in the model with its head, and raises KeyError if there
-    is none of it. A published GPT-2 was saved without its head: its names lack their beginning.
-
-    Args:
-        dtype: Of what is returned; None: as stored.
+    By the name that it has in the model with its head: a published GPT-2 was saved without, and its
+    names lack their beginning. Left out are buffers that older releases saved.
     """
     from safetensors import safe_open
 
-    files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
-    file_of = {name: file for file in files for name in file.keys()}
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        opened = safe_open(file, "pt")
+        tensors |= {name: partial(opened.get_tensor, name) for name in opened.keys()}
     prefix = FAMILIES[family][2].partition(".")[0] + "."
-    if any(name.startswith(prefix) for name in file_of):
-        prefix = ""
+    if not any(name.startswith(prefix) for name in tensors):
+        tensors = {prefix + name: read for name, read in tensors.items()}
+    return {name: read for name, read in tensors.items() if not name.endswith(BUFFERS)}
 
-    def read(name: str) -> Tensor:
-        name = name.removeprefix(prefix)
-        tensor = file_of[name].get_tensor(name)
-        return tensor if dtype is None else tensor.to(dtype)
 
-    return read
+def theirs(family: str, shape: Shape) -> set[str]:
+    """Return the names of the Hugging Face model's parameters."""
+    layer, prefix = FAMILIES[family][1:]
+    whole = {name for _, names in of_model(family, shape).values() for name in names}
+    of_layer = [name for _, names in layer.values() for name in names]
+    return whole | {f"{prefix}.{i}.{name}" for i in range(shape.layers) for name in of_layer}

@@ -58,7 +58,11 @@ def convert(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[str]]
     import torch
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(options.input)
+    try:
+        config = AutoConfig.from_pretrained(options.input)
+    except (ValueError, KeyError) as problem:
+        reason = " ".join(str(problem).split()).split(". ")[0]
+        raise hf_config.ConversionError(f"--input {options.input}: {reason}") from None
     family = hf_config.check_config(config)
     shape = hf_config.shape_of_config(config)
     multiple = options.make_vocab_size_divisible_by
@@ -73,13 +77,15 @@ def convert(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[str]]
     else:
         tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(config.vocab_size)]
     dtype = getattr(torch, options.dtype) if options.dtype else None
+    stored = hf_weights.stored(options.input, family)
+    hf_config.check_tensors(options.input, hf_weights.theirs(family, shape), stored, shape.tied)
+
+    def read(name: str) -> torch.Tensor:
+        tensor = stored[name]()
+        return tensor if dtype is None else tensor.to(dtype)
+
     args = hf_checkpoint.parse([*flags, *tokenizer])
-    read = hf_weights.reader(options.input, family, dtype)
-    try:
-        hf_checkpoint.write(scratch, args, hf_weights.to_megatron(family, shape, rows, read))
-    except KeyError as name:
-        said = f"--input {options.input}: there is no tensor {name}"
-        raise hf_config.ConversionError(said) from None
+    hf_checkpoint.write(scratch, args, hf_weights.to_megatron(family, shape, rows, read))
     return config, [*flags, *tokenizer]
 
 
