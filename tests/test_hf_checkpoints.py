@@ -284,14 +284,14 @@ def test_families():
     ],
 )
 def test_what_does_not_map_is_refused_by_its_flag(changes, said):
-    with pytest.raises(hf_config.ConversionError) as error:
+    with pytest.raises(hf_weights.ConversionError) as error:
         hf_config.family_of(stored(**changes))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_everything_that_is_refused_is_said_at_once():
-    with pytest.raises(hf_config.ConversionError) as error:
+    with pytest.raises(hf_weights.ConversionError) as error:
         hf_config.family_of(stored(num_experts=8, swiglu=True, qk_layernorm=True))
     assert all(f in str(error.value) for f in ("--num-experts 8", "--swiglu", "--qk-layernorm"))
 
@@ -313,12 +313,14 @@ def test_names_are_those_of_megatrons_own_checkpoints(trained):
         args = hf_checkpoint.stored_args(folder)
         names = hf_checkpoint.tensor_shapes(folder)
     family = hf_config.family_of(args)
-    hf_config.check_names(family, hf_config.shape_of(args, VOCABULARY), names)
+    hf_weights.check_names(family, hf_config.shape_of(args, VOCABULARY), names)
     assert "decoder.layers.self_attention.linear_qkv.layer_norm_weight" in names
     other = {**names, "decoder.layers.self_attention.q_layernorm.weight": (4, 8)}
     del other["decoder.final_layernorm.weight"]
-    with pytest.raises(hf_config.ConversionError, match="lacks decoder.final.*, has .*q_layernorm"):
-        hf_config.check_names(family, hf_config.shape_of(args, VOCABULARY), other)
+    with pytest.raises(
+        hf_weights.ConversionError, match="lacks decoder.final.*, has .*q_layernorm"
+    ):
+        hf_weights.check_names(family, hf_config.shape_of(args, VOCABULARY), other)
 
 
 def said_by(module, arguments, capsys):

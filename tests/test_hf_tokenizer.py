@@ -8,7 +8,7 @@ import pytest
 from tests import parallel  # noqa: F401  puts tools/ on the path
 
 import hf_tokenizer  # isort: skip
-from hf_config import ConversionError
+from hf_weights import ConversionError
 
 
 @pytest.fixture(scope="module")

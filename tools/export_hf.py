@@ -71,7 +71,7 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
     args = hf_checkpoint.stored_args(folder)
     family = hf_config.family_of(args)
     shapes = hf_checkpoint.tensor_shapes(folder)
-    hf_config.check_names(family, hf_config.shape_of(args, 0), shapes)
+    hf_weights.check_names(family, hf_config.shape_of(args, 0), shapes)
     tokenizer = hf_tokenizer.write(
         scratch, args, options.tokenizer, options.vocab_file, options.merge_file
     )
@@ -90,7 +90,7 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
     }
     config.dtype = weights[next(iter(weights))].dtype
     parameters = sum(tensor.numel() for tensor in weights.values())
-    kind = f"{hf_config.TITLES[family]}, {parameters:,} parameters in {str(config.dtype)[6:]}"
+    kind = f"{hf_weights.TITLES[family]}, {parameters:,} parameters in {str(config.dtype)[6:]}"
     said = [
         f"{kind}, from {folder}",
         f"vocabulary: {vocabulary:,} tokens, {rows - vocabulary:,} rows of padding cut off",
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     """Export; return the exit status."""
     options = parse_args(argv)
     import hf_checkpoint
-    from hf_config import ConversionError
+    from hf_weights import ConversionError
 
     try:
         with hf_checkpoint.new_folder(options.output) as scratch:

@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hf_config import ConversionError
+from hf_weights import ConversionError
 from torch import Tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -83,7 +83,7 @@ def find(load: Path, iteration: int | None) -> Path:
         folder = load / f"iter_{iteration:07d}"
     elif (load / TRACKER).is_file():
         latest = (load / TRACKER).read_text().strip()
-        folder = load / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
+        folder = load / (f"iter_{int(latest):07d}" if latest.isdigit() else latest)
     else:
         folder = load
     if not folder.is_dir():

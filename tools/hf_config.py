@@ -3,16 +3,9 @@
 Either way, what the other side does not have is refused, all of it at once and by name.
 """
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from hf_weights import FAMILIES, LAYERS, Shape, of_model
-
-
-class ConversionError(ValueError):
-    """A model or a checkpoint that cannot be converted; the message names flag and way out."""
-
+from hf_weights import TITLES, ConversionError, Shape
 
 # What no Hugging Face GPT-2 or Llama has. These arguments must be at the value here, or unset.
 NEUTRAL: dict[str, Any] = {
@@ -58,7 +51,6 @@ REQUIRED: dict[str, dict[str, Any]] = {
         "rotary_seq_len_interpolation_factor": None,
     },
 }
-TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
 # Flags that are not spelled like the argument that they set.
 _FLAGS = {"add_bias_linear": "--disable-bias-linear"}
 # Both compute x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x ** 3))).
@@ -133,45 +125,6 @@ def shape_of(args: Any, vocabulary: int) -> Shape:
         tied=not args.untie_embeddings_and_output_weights,
         centred_norms=args.layernorm_zero_centered_gamma,
     )
-
-
-def check_names(family: str, shape: Shape, names: Iterable[str]) -> None:
-    """Check that a checkpoint holds a family's parameters and no other.
-
-    Args:
-        names: Of Megatron's parameters in the checkpoint.
-
-    Raises:
-        ConversionError: It does not, in spite of its arguments.
-    """
-    layer = FAMILIES[family][1]
-    expected = {*of_model(family, shape), *(f"{LAYERS}.{name}" for name in layer)}
-    missing, more = sorted(expected - set(names)), sorted(set(names) - expected)
-    if missing or more:
-        listed = [f"lacks {name}" for name in missing] + [f"has {name}" for name in more]
-        raise ConversionError(
-            f"this is no {TITLES[family]} as Megatron's GPT stores it: the checkpoint "
-            + ", ".join(listed[:4] + ["..."] * (len(listed) > 4))
-        )
-
-
-def check_tensors(folder: Path, expected: set[str], names: Iterable[str], tied: bool) -> None:
-    """Check that a Hugging Face folder holds a model's parameters and no other.
-
-    Args:
-        expected: The parameters' names.
-        names: Those in the folder.
-        tied: Whether a head may be there that is the embedding.
-
-    Raises:
-        ConversionError: It does not.
-    """
-    found = set(names) - ({"lm_head.weight"} if tied else set())
-    listed = [f"there is no tensor {name}" for name in sorted(expected - found)]
-    listed += [f"Megatron's GPT has no place for {name}" for name in sorted(found - expected)]
-    if listed:
-        more = "; ..." if len(listed) > 4 else ""
-        raise ConversionError(f"--input {folder}: " + "; ".join(listed[:4]) + more)
 
 
 def activation_of(args: Any) -> str:

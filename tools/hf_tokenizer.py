@@ -7,7 +7,7 @@ from typing import Any
 
 import tokenization
 from corpus import InputError
-from hf_config import ConversionError
+from hf_weights import ConversionError
 
 from megatron_rltd import versions
 

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 
+class ConversionError(ValueError):
+    """A model or a checkpoint that cannot be converted; the message names flag and way out."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What the layout of a model's parameters depends on."""
@@ -78,6 +82,7 @@ FAMILIES: dict[str, tuple[Names, Names, str]] = {
     "gpt2": (_GPT2, _GPT2_LAYER, "transformer.h"),
     "llama": (_LLAMA, _LLAMA_LAYER, "model.layers"),
 }
+TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
 LAYERS = "decoder.layers"
 # What is no parameter, and is computed anew.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -209,3 +214,42 @@ def theirs(family: str, shape: Shape) -> set[str]:
     whole = {name for _, names in of_model(family, shape).values() for name in names}
     of_layer = [name for _, names in layer.values() for name in names]
     return whole | {f"{prefix}.{i}.{name}" for i in range(shape.layers) for name in of_layer}
+
+
+def check_names(family: str, shape: Shape, names: Iterable[str]) -> None:
+    """Check that a checkpoint holds a family's parameters and no other.
+
+    Args:
+        names: Of Megatron's parameters in the checkpoint.
+
+    Raises:
+        ConversionError: It does not, in spite of its arguments.
+    """
+    layer = FAMILIES[family][1]
+    expected = {*of_model(family, shape), *(f"{LAYERS}.{name}" for name in layer)}
+    missing, more = sorted(expected - set(names)), sorted(set(names) - expected)
+    if missing or more:
+        listed = [f"lacks {name}" for name in missing] + [f"has {name}" for name in more]
+        raise ConversionError(
+            f"this is no {TITLES[family]} as Megatron's GPT stores it: the checkpoint "
+            + ", ".join(listed[:4] + ["..."] * (len(listed) > 4))
+        )
+
+
+def check_tensors(folder: Path, expected: set[str], names: Iterable[str], tied: bool) -> None:
+    """Check that a Hugging Face folder holds a model's parameters and no other.
+
+    Args:
+        expected: The parameters' names.
+        names: Those in the folder.
+        tied: Whether a head may be there that is the embedding.
+
+    Raises:
+        ConversionError: It does not.
+    """
+    found = set(names) - ({"lm_head.weight"} if tied else set())
+    listed = [f"there is no tensor {name}" for name in sorted(expected - found)]
+    listed += [f"Megatron's GPT has no place for {name}" for name in sorted(found - expected)]
+    if listed:
+        more = "; ..." if len(listed) > 4 else ""
+        raise ConversionError(f"--input {folder}: " + "; ".join(listed[:4]) + more)

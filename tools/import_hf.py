@@ -62,7 +62,7 @@ def convert(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[str]]
         config = AutoConfig.from_pretrained(options.input)
     except (ValueError, KeyError) as problem:
         reason = " ".join(str(problem).split()).split(". ")[0]
-        raise hf_config.ConversionError(f"--input {options.input}: {reason}") from None
+        raise hf_weights.ConversionError(f"--input {options.input}: {reason}") from None
     family = hf_config.check_config(config)
     shape = hf_config.shape_of_config(config)
     multiple = options.make_vocab_size_divisible_by
@@ -78,7 +78,7 @@ def convert(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[str]]
         tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(config.vocab_size)]
     dtype = getattr(torch, options.dtype) if options.dtype else None
     stored = hf_weights.stored(options.input, family)
-    hf_config.check_tensors(options.input, hf_weights.theirs(family, shape), stored, shape.tied)
+    hf_weights.check_tensors(options.input, hf_weights.theirs(family, shape), stored, shape.tied)
 
     def read(name: str) -> torch.Tensor:
         tensor = stored[name]()
@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     """Import; return the exit status."""
     options = parse_args(argv)
     import hf_checkpoint
-    from hf_config import TANH_GELUS, ConversionError
+    from hf_config import TANH_GELUS
+    from hf_weights import ConversionError
 
     try:
         with hf_checkpoint.alone(), hf_checkpoint.new_folder(options.output) as scratch:
