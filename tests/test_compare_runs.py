@@ -16,6 +16,7 @@ from megatron_rltd import metrics
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import compare_runs
+import comparison_plot
 import run_logs
 
 TOOLS = Path(compare_runs.__file__).parent
@@ -442,7 +443,7 @@ def test_plot_falls_back_to_the_training_loss_of_all_runs(dense, tmp_path, capsy
     size_of_png(png)
     assert "shows the training loss, mean of each 2 logged iterations" in printed
     runs = {name: run_logs.read_run(tmp_path / name) for name in ("dense", "other")}
-    curves = compare_runs.loss_curves(runs)[1]
+    curves = comparison_plot.loss_curves(runs)[1]
     assert list(curves["other"]) == list(range(2, 201, 2))
     assert curves["other"][2] == 4.0 - 1.5 / 8
 

@@ -6,6 +6,10 @@
 Each folder is the --tensorboard-dir of a run; nothing else need be given. For the savings, train
 with --log-throughput --log-timers-to-tensorboard.
 
+    python tools/compare_runs.py --eval dense=eval/dense random-LTD=eval/ltd
+
+compares what tools/eval_zero_shot.sh found, with or without training runs before it.
+
 LayerTokens are the tokens that each layer processed, summed over layers. Runs that read the same
 samples are compared iso-data, runs that processed the same LayerTokens iso-compute.
 """
@@ -16,29 +20,29 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from itertools import batched, pairwise
+from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
+import zero_shot_table
+from comparison_plot import plot
 from run_logs import (
     ITERATION_TIME,
     KEPT_TOKENS,
     LAYER_TOKENS,
-    LOSS,
     SAMPLE_FLOPS,
     SAMPLES,
     VALIDATION,
     WARM_UP,
     LogError,
-    Points,
     Run,
-    at_or_after,
     read_run,
     total_flops,
     total_seconds,
     validation,
 )
+from text_table import aligned
 
 ISO_COMPUTE_TOLERANCE = 0.01
 LEAST_SAVING = 0.01  # below it the share realised is a quotient of noise
@@ -63,8 +67,6 @@ COLUMNS = {
     "wall-clock saved": ("wall_clock_saved", "{:.1%}"),
     "saving realised": ("saving_realised", "{:.0%}"),
 }
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito
-DASHES = "- -- -. :".split()
 
 
 def summarise(runs: dict[str, Run], baseline: str) -> list[dict[str, Any]]:
@@ -186,74 +188,14 @@ def _count(number: float) -> str:
 
 def table(rows: list[dict[str, Any]], markdown: bool = False) -> str:
     """Return the table, aligned; names to the left, numbers to the right."""
-    lines = [list(COLUMNS), *(cells(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    if markdown:
-        lines.insert(1, ["-" * (w - 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)])
-    specs = [f"{'>' if i else '<'}{w}" for i, w in enumerate(widths)]
-    aligned = [[format(t, spec) for t, spec in zip(line, specs, strict=True)] for line in lines]
-    left, between, right = ("| ", " | ", " |") if markdown else ("", "  ", "")
-    return "\n".join(left + between.join(line) + right for line in aligned)
+    return aligned([list(COLUMNS), *(cells(row) for row in rows)], markdown)
 
 
-def loss_curves(runs: dict[str, Run]) -> tuple[str, dict[str, Points]]:
-    """Return what the loss panels show: the validation loss if every run logged it."""
-    curves = {name: validation(run)[1] for name, run in runs.items()}
-    if all(curves.values()):
-        return "validation loss", curves
-    curves = {name: run.points(LOSS) for name, run in runs.items()}
-    size = max(1, min(map(len, curves.values())) // 50)
-    for name, points in curves.items():
-        blocks = [block for block in batched(points.items(), size) if len(block) == size]
-        curves[name] = {block[-1][0]: fmean(loss for _, loss in block) for block in blocks}
-    return f"training loss, mean of each {size} logged iterations", curves
-
-
-def plot(runs: dict[str, Run], path: Path) -> str:
-    """Draw loss by iteration, loss by LayerTokens and kept tokens as PNG; say which loss."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    loss, curves = loss_curves(runs)
-    quantity, _, how = loss.partition(", ")
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    by_iteration, by_tokens, kept_tokens = panels = figure.subplots(1, 3)
-    most = max(filter(math.isfinite, (run.last(LAYER_TOKENS) for run in runs.values())), default=1)
-    exponent = int(math.log10(most)) // 3 * 3
-    for i, (name, run) in enumerate(runs.items()):
-        points, tokens, kept = curves[name], run.points(LAYER_TOKENS), run.points(KEPT_TOKENS)
-        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
-        marked = style | {"marker": "o" if len(points) <= 40 else "", "markersize": 3}
-        by_iteration.plot(points.keys(), points.values(), label=name, **marked)
-        if tokens:
-            at = [value / 10**exponent for value in at_or_after(tokens, points)]
-            by_tokens.plot(at, points.values(), **marked)
-        kept_tokens.plot(kept.keys(), kept.values(), **style)
-    # On the scale of the whole curve, its steep start, what follows would be flat.
-    late = [v for curve in curves.values() for i, v in curve.items() if i >= max(curve) / 5]
-    late = [v for v in late if math.isfinite(v)]
-    if late and max(late) > min(late):
-        margin = 0.05 * (max(late) - min(late))
-        for axes in (by_iteration, by_tokens):
-            axes.set_ylim(min(late) - margin, max(late) + margin)
-    for axes in panels:
-        axes.set(xlabel="iteration", xlim=(0, None))
-        axes.set_ylabel(f"{quantity} (nats per token)\n{how}".strip())
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=axes is not by_tokens))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    by_tokens.set_xlabel(f"LayerTokens ($10^{{{exponent}}}$)")
-    kept_tokens.set(ylabel="kept tokens per sequence", ylim=(0, None))
-    figure.legend(loc="outside upper center", ncols=len(runs), frameon=False)
-    figure.savefig(path, format="png", dpi=120)
-    return loss
-
-
-def named_folders(texts: list[str]) -> dict[str, Path]:
+def named_folders(texts: list[str], least: int = 2) -> dict[str, Path]:
     """Return {name: folder} of NAME=FOLDER or FOLDER.
 
     Raises:
-        LogError: There are fewer than two, or two of one name.
+        LogError: There are fewer than `least`, or two of one name.
     """
     folders: dict[str, Path] = {}
     for text in texts:
@@ -264,7 +206,7 @@ def named_folders(texts: list[str]) -> dict[str, Path]:
         if name in folders:
             raise LogError(f"two runs are called {name}; tell them apart as NAME=FOLDER")
         folders[name] = Path(folder)
-    if len(folders) < 2:
+    if len(folders) < least:
         raise LogError("give two or more runs, each as NAME=FOLDER")
     return folders
 
@@ -274,7 +216,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="a run's --tensorboard-dir")
+    parser.add_argument("runs", nargs="*", metavar="NAME=FOLDER", help="a run's --tensorboard-dir")
+    text = "outputs of tools/eval_zero_shot.sh"
+    parser.add_argument("--eval", nargs="+", default=[], metavar="NAME=FOLDER", help=text)
     parser.add_argument("--baseline", metavar="NAME", help="the run to compare with (the first)")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves")
@@ -282,28 +226,53 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="JSON", help="write table and notes")
     options = parser.parse_args(argv)
     try:
-        folders = named_folders(options.runs)
-        baseline = options.baseline or next(iter(folders))
-        if baseline not in folders:
-            raise LogError(f"--baseline {baseline} is none of the runs: {', '.join(folders)}")
-        runs = {name: read_run(folder) for name, folder in folders.items()}
-        rows, remarks = summarise(runs, baseline), notes(runs, baseline)
-        if options.plot:
-            remarks.append(f"{options.plot} shows the {plot(runs, options.plot)}")
-        if options.csv:
-            with options.csv.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+        printed: list[str] = []
+        result: dict[str, Any] = {}
+        if options.runs or not options.eval:
+            printed, result = compare(options)
+        elif options.baseline or options.plot or options.csv:
+            raise LogError("--baseline, --plot and --csv are for training runs: name them, too")
+        if options.eval:
+            folders = named_folders(options.eval, least=1)
+            found = {n: zero_shot_table.read_evaluation(f) for n, f in folders.items()}
+            result["evaluation"] = zero_shot_table.result(found)
+            remarks = result["evaluation"]["notes"]
+            printed += [zero_shot_table.table(found, options.markdown), _list(remarks)]
         if options.json:
-            result = {"verdict": verdict(rows, baseline), "notes": remarks, "runs": rows}
             options.json.write_text(json.dumps(result, indent=1) + "\n")
     except (LogError, OSError, ModuleNotFoundError) as error:
         print(f"compare_runs: {error}", file=sys.stderr)
         return 2
-    print(table(rows, options.markdown), verdict(rows, baseline), "", sep="\n\n", end="")
-    print(*(f"- {remark}" for remark in remarks), sep="\n")
+    print(*printed, sep="\n\n")
     return 0
+
+
+def compare(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """Compare training runs, write the files asked for; return what to print and JSON's content.
+
+    Raises:
+        LogError: The runs cannot be compared.
+    """
+    folders = named_folders(options.runs)
+    baseline = options.baseline or next(iter(folders))
+    if baseline not in folders:
+        raise LogError(f"--baseline {baseline} is none of the runs: {', '.join(folders)}")
+    runs = {name: read_run(folder) for name, folder in folders.items()}
+    rows, remarks = summarise(runs, baseline), notes(runs, baseline)
+    if options.plot:
+        remarks.append(f"{options.plot} shows the {plot(runs, options.plot)}")
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    said = verdict(rows, baseline)
+    result = {"verdict": said, "notes": remarks, "runs": rows}
+    return [table(rows, options.markdown), said, _list(remarks)], result
+
+
+def _list(remarks: list[str]) -> str:
+    return "\n".join(f"- {remark}" for remark in remarks)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,13 @@
+"""Tables as text."""
+
+
+def aligned(lines: list[list[str]], markdown: bool = False) -> str:
+    """Return a table, the first of whose lines is the heading; first column left, others right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if markdown:
+        rule = ["-" * (w - 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)]
+        lines = [lines[0], rule, *lines[1:]]
+    specs = [f"{'>' if i else '<'}{w}" for i, w in enumerate(widths)]
+    cells = [[format(t, spec) for t, spec in zip(line, specs, strict=True)] for line in lines]
+    left, between, right = ("| ", " | ", " |") if markdown else ("", "  ", "")
+    return "\n".join(left + between.join(line) + right for line in cells)
