@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils import _device
 
 from megatron_rltd import cpu_modules, versions
 from megatron_rltd.cpu_modules import CPU, Stream
@@ -285,6 +286,9 @@ def enable() -> Applied:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Megatron warns when drawing for the device moves the CPU's generator; here they are one.
     logging.getLogger(_RANDOM).addFilter(_not_about_rng)
+    # torch remembers, at its first use, which functions `torch.device("meta")` is to act on: these
+    # must be its own, for ours call them.
+    _device._device_constructors()
     return apply(versions.rows(PATCHES))
 
 

@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -184,3 +186,18 @@ def test_unequal_shares_over_gloo():
     first, second = run(2, _unequal_shares)
     assert first == [rows.tolist(), (3 * rows[:3]).tolist()]
     assert second == [rows.tolist(), (3 * rows[3:]).tolist()]
+
+
+def test_models_can_still_be_made_on_the_meta_device():
+    # In a process of its own, for torch remembers what it acts on.
+    code = """
+import torch
+from megatron_rltd import cpu
+with cpu.enabled():
+    with torch.device("meta"):
+        assert torch.empty(2).device.type == "meta"
+    assert torch.empty(2).device.type == "cpu"
+with torch.device("meta"):
+    assert torch.empty(2).device.type == "meta"
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

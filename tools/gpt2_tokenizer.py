@@ -13,25 +13,23 @@ import os
 import shutil
 import sys
 import tempfile
+from typing import Any
 
 from corpus import InputError
 from tokenization import BPE_EOD, quiet_imports, store_hugging_face
 
 
-def make_tokenizer(vocab_file: str, merge_file: str, folder: str) -> int:
-    """Write the folder, whole or not at all; return how many tokens the tokenizer has.
+def byte_level_bpe(vocab_file: str, merge_file: str) -> Any:
+    """Return the tokenizer of the two files, of the `tokenizers` package.
 
     Raises:
-        InputError: The files do not make a GPT-2 tokenizer, or the folder exists.
-        OSError: A file cannot be read or written.
+        InputError: They are not a GPT-2 tokenizer's.
     """
-    with quiet_imports():
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
     for flag, path in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
         if not os.path.isfile(path):
             raise InputError(f"{flag} {path}: there is no such file; correct the path")
-    if os.path.exists(folder):
-        raise InputError(f"--output {folder} exists; choose another or remove it")
     try:
         tokenizer = Tokenizer(models.BPE.from_file(vocab_file, merge_file))
     except Exception as problem:  # tokenizers raises bare Exception
@@ -45,18 +43,33 @@ def make_tokenizer(vocab_file: str, merge_file: str, folder: str) -> int:
         lacks = f"{missing} of the 256 bytes" if missing else BPE_EOD
         raise InputError(
             f"--vocab-file {vocab_file} lacks {lacks}, so is not GPT-2's; use another tokenizer by "
-            "tools/preprocess_data.py --tokenizer-type HuggingFaceTokenizer --tokenizer-model"
+            "its folder"
         )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.add_special_tokens([BPE_EOD])
+    return tokenizer
+
+
+def make_tokenizer(vocab_file: str, merge_file: str, folder: str) -> int:
+    """Write the folder, whole or not at all; return how many tokens the tokenizer has.
+
+    Raises:
+        InputError: The files do not make a GPT-2 tokenizer, or the folder exists.
+        OSError: A file cannot be read or written.
+    """
+    if os.path.exists(folder):
+        raise InputError(f"--output {folder} exists; choose another or remove it")
+    tokenizer = byte_level_bpe(vocab_file, merge_file)
     parent, name = os.path.split(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(".tmp", name + ".", parent) as scratch:
         alone = os.path.join(scratch, "alone.json")
         tokenizer.save(alone)
         whole = os.path.join(scratch, "whole")
-        store_hugging_face(alone, BPE_EOD, whole)
+        with quiet_imports():
+            store_hugging_face(alone, BPE_EOD, whole)
         # What other programs take: Megatron's GPT2BPETokenizer, Hugging Face's slow tokenizer.
         shutil.copyfile(vocab_file, os.path.join(whole, "vocab.json"))
         shutil.copyfile(merge_file, os.path.join(whole, "merges.txt"))

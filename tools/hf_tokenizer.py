@@ -1,17 +1,16 @@
 """The tokenizer of a run, written beside an exported model, and how many tokens the model knows."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import tokenization
 from corpus import InputError
+from gpt2_tokenizer import byte_level_bpe
 from hf_weights import ConversionError
 
 from megatron_rltd import versions
 
-GPT2_END = "<|endoftext|>"
 WITHOUT_FILES = "NullTokenizer"
 
 
@@ -32,24 +31,29 @@ def write(folder: Path, args: Any, given: Path | None, vocab: Path | None, merge
 
     if not given and not vocab:
         given, vocab, merges = _of_run(args)
+    if not given and not vocab:
+        return None
+    try:
+        bpe = byte_level_bpe(str(vocab), str(merges)) if vocab else None
+    except InputError as problem:
+        raise ConversionError(str(problem)) from None
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            if vocab and merges:
+            if bpe is not None:
                 given = Path(scratch) / "tokenizer.json"
-                given.write_text(_byte_level_bpe(vocab, merges))
-            if not given:
-                return None
-            tokenization._store(str(given), None, str(folder))
+                bpe.save(str(given))
+            tokenization.store_hugging_face(str(given), None, str(folder))
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            if tokenizer.eos_token is None and GPT2_END in tokenizer.get_vocab():
+            if tokenizer.eos_token is None and tokenization.BPE_EOD in tokenizer.get_vocab():
                 # A tokenizer.json names none; without one there is nothing to begin a text with.
-                tokenization._store(str(given), GPT2_END, str(folder))
+                tokenization.store_hugging_face(str(given), tokenization.BPE_EOD, str(folder))
                 tokenizer = AutoTokenizer.from_pretrained(folder)
         return tokenizer
     except (InputError, OSError, ValueError) as problem:
         reason = " ".join(str(problem).split()).split(". ")[0]
-        named = f"--vocab-file {vocab} --merge-file {merges}" if vocab else f"--tokenizer {given}"
-        raise ConversionError(f"{named}: no tokenizer can be loaded from it ({reason})") from None
+        raise ConversionError(
+            f"--tokenizer {given}: no tokenizer can be loaded from it ({reason})"
+        ) from None
 
 
 def _of_run(args: Any) -> tuple[Path | None, Path | None, Path | None]:
@@ -63,19 +67,6 @@ def _of_run(args: Any) -> tuple[Path | None, Path | None, Path | None]:
     if args.tokenizer_type == "GPT2BPETokenizer" and vocab and merges:
         return None, vocab, merges
     return None, None, None
-
-
-def _byte_level_bpe(vocab: Path, merges: Path) -> str:
-    """Return GPT-2's tokenizer in the format of the `tokenizers` package."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    if GPT2_END not in json.loads(vocab.read_text(encoding="utf-8")):
-        raise ValueError(f"there is no {GPT2_END} in it")
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    return tokenizer.to_str()
 
 
 def vocabulary(args: Any, tokenizer: Any, asked: int | None, rows: int) -> int:
