@@ -29,10 +29,12 @@
 #   EXIT_MINUTES       save and stop after so many (SLURM: 5 minutes before the time limit, should
 #                      the header's --signal=TERM@600 not have done it)
 # The model on the machine
-#   TP PP CP           tensor, pipeline and context parallel sizes (1); SP=1: sequence parallelism
+#   TP, PP, CP         tensor, pipeline and context parallel sizes (1)
+#   SP                 1: sequence parallelism
 #   MICRO_BATCH_SIZE   samples at once on a GPU (4). random-LTD's peak memory is that of a dense run;
 #                      --random-ltd-preflight makes a run that will not fit fail in its first minute
-#   SAVE_INTERVAL      iterations between checkpoints (1000); one in RETAIN_INTERVAL (10000) is kept
+#   SAVE_INTERVAL      iterations between checkpoints (1000)
+#   RETAIN_INTERVAL    and between those that stay when there are newer ones (10000)
 #   PRECISION          bf16, fp16 or fp32
 # The experiment
 #   METHOD             dense, ltd, or constant: drop without growth, the ablation
@@ -159,6 +161,8 @@ fi
 SAVE_ARGS=(
   --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints" --ckpt-format torch_dist
   --save-interval "$SAVE_INTERVAL" --save-retain-interval "$RETAIN_INTERVAL"
+  # Any other number of GPUs or layout can continue it. (And of float32 Megatron loads nothing else.)
+  --dist-ckpt-optim-fully-reshardable
   --exit-signal-handler # SIGTERM: save after the iteration in progress, then exit with status 0
 )
 LOGGING_ARGS=(

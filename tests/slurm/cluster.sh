@@ -7,6 +7,7 @@
 #   source <(tests/slurm/cluster.sh env)    let sbatch, srun, squeue of this shell talk to it
 #
 # The nodes are named node1 and node2, which resolve to nothing, and have 8 GPUs each that are none.
+# Jobs of partition urgent preempt those of debug, the default, which get a minute to end.
 # Any user may do this; all it needs is installed by `apt-get install slurm-wlm munge`.
 #   SLURM_LOCAL_DIR  where it lives (default: a folder of the user's in /tmp)
 #   SLURM_LOCAL_PORT the first of four ports that it listens on (16817)
@@ -22,15 +23,16 @@ give_up() { printf 'cluster.sh: %s\n' "$*" >&2; exit 1; }
 # Its processes, told from those of another SLURM by the configuration that they were started with.
 # Zombies are left out: there may be nobody to reap them.
 daemons() {
-  local process name state
-  for process in /proc/[0-9]*; do
-    name=$(cat "$process/comm" 2>/dev/null) || continue
-    case $name in munged | slurmctld | slurmd | slurmstepd | *slurmscriptd) ;; *) continue ;; esac
-    state=$(sed 's/.*) \(.\).*/\1/' "$process/stat" 2>/dev/null) || continue
-    [ "$state" != Z ] || continue
-    if tr '\0' '\n' <"$process/environ" 2>/dev/null | grep -qxF "SLURM_CONF=$SLURM_CONF"; then
-      printf '%s\n' "${process#/proc/}"
-    fi
+  local pid state name
+  ps -eo pid=,stat=,comm= | while read -r pid state name; do
+    case $state:$name in
+      Z*) ;;
+      *:munged | *:slurmctld | *:slurmd | *:slurmstepd | *:*slurmscriptd)
+        if tr '\0' '\n' 2>/dev/null <"/proc/$pid/environ" | grep -qxF "SLURM_CONF=$SLURM_CONF"; then
+          echo "$pid"
+        fi
+        ;;
+    esac
   done
 }
 
@@ -81,7 +83,10 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=node1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=64 Gres=gpu:8 RealMemory=$memory
 NodeName=node2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 3)) CPUs=64 Gres=gpu:8 RealMemory=$memory
-PartitionName=debug Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=debug Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=urgent Nodes=node[1-2] MaxTime=INFINITE State=UP PriorityTier=2
 END
   cat >"$B/gres.conf" <<END
 AutoDetect=off
