@@ -14,7 +14,16 @@ import time
 
 import pytest
 
-from tests.gpt3_scripts import FOLDER, SCRIPTS, SETTINGS, TINY, environment, iterations, stub_in
+from tests.gpt3_scripts import (
+    FOLDER,
+    SCRIPTS,
+    SETTINGS,
+    TINY,
+    environment,
+    last_iteration,
+    starts,
+    stub_in,
+)
 from tests.parallel import ROOT
 from tests.test_plan_command import command as plan
 from tests.test_quickstart import processes_of
@@ -346,17 +355,16 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, name, whole_group, 
     rest = process.communicate(timeout=150)[0]
     assert process.returncode == 130, "".join(output) + rest
     assert "Traceback" not in rest
-    stopped_at = iterations(run / "log.txt")[-1]["iteration"]
+    stopped_at = last_iteration(run)
     assert f"checkpoint of iteration {stopped_at} of " in rest.splitlines()[-1]
     assert processes_of(process.pid) == []
     if sent == signal.SIGTERM:
         status, output, said = bash(name, RUN_DIR=run, **TINY)
         assert status == 0, output + said
-        steps = iterations(run / "log.txt")
-        assert [step["iteration"] for step in steps] == list(range(1, steps[0]["of"] + 1))
-        assert (
-            output.splitlines()[-1] == f"{name}: finished: iteration {len(steps)} of {len(steps)}"
-        )
-        kept = [step["random-ltd kept tokens"] for step in steps]
+        first, second = starts(run)
+        length = last_iteration(run)
+        assert [*first, *second] == list(range(1, length + 1))
+        assert output.splitlines()[-1] == f"{name}: finished: iteration {length} of {length}"
+        kept = [values["random-ltd kept tokens"] for values in (first | second).values()]
         assert kept == sorted(kept)
         assert (kept[0], kept[-1]) == (16, 128)

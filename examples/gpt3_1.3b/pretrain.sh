@@ -34,7 +34,7 @@
 #   MICRO_BATCH_SIZE   samples at once on a GPU (4). random-LTD's peak memory is that of a dense run;
 #                      --random-ltd-preflight makes a run that will not fit fail in its first minute
 #   SAVE_INTERVAL      iterations between checkpoints (1000)
-#   RETAIN_INTERVAL    and between those that stay when there are newer ones (10000)
+#   RETAIN_INTERVAL    and between those that stay when there are newer ones (ten times that)
 #   PRECISION          bf16, fp16 or fp32
 # The experiment
 #   METHOD             dense, ltd, or constant: drop without growth, the ablation
@@ -63,7 +63,8 @@ TP=${TP:-1} PP=${PP:-1} CP=${CP:-1} SP=${SP:-0} RAMP_ITERS=${RAMP_ITERS:-200000}
 warmup_tokens=3000000000
 
 # Before anything is calculated with them.
-for name in TOKENS RAMP_ITERS MIN_TOKENS TP PP CP GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE PROCESSES; do
+for name in TOKENS RAMP_ITERS MIN_TOKENS TP PP CP GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE \
+  SAVE_INTERVAL RETAIN_INTERVAL PROCESSES EXIT_MINUTES; do
   value=${!name:-1}
   [[ $value =~ ^[1-9][0-9]*$ ]] || give_up "$name=$value is not a whole number above 0"
 done
@@ -73,7 +74,7 @@ case $SCALE in
     layers=24 hidden=2048 heads=16 seq=2048
     GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-512} MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-4}
     PRECISION=${PRECISION:-bf16} DROPOUT=${DROPOUT:-0.1}
-    SAVE_INTERVAL=${SAVE_INTERVAL:-1000} RETAIN_INTERVAL=${RETAIN_INTERVAL:-10000}
+    SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
     RUN_DIR=${RUN_DIR:-$root/runs/gpt3_1.3b/$NAME}
     log_interval=10 eval_interval=1000 eval_iters=10
     ;;
@@ -83,7 +84,7 @@ case $SCALE in
     layers=4 hidden=192 heads=4 seq=128
     GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-16} MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}
     PRECISION=${PRECISION:-fp32} DROPOUT=${DROPOUT:-0}
-    SAVE_INTERVAL=${SAVE_INTERVAL:-5} RETAIN_INTERVAL=${RETAIN_INTERVAL:-10}
+    SAVE_INTERVAL=${SAVE_INTERVAL:-5}
     RUN_DIR=${RUN_DIR:-$root/runs/gpt3_1.3b/$NAME-smoke}
     log_interval=1 eval_interval=10 eval_iters=1
     shrink=$((20000 * 512))
@@ -158,6 +159,9 @@ else
   done
 fi
 
+RETAIN_INTERVAL=${RETAIN_INTERVAL:-$((SAVE_INTERVAL * 10))}
+((RETAIN_INTERVAL % SAVE_INTERVAL == 0)) ||
+  problem "RETAIN_INTERVAL=$RETAIN_INTERVAL is not a multiple of SAVE_INTERVAL=$SAVE_INTERVAL"
 SAVE_ARGS=(
   --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints" --ckpt-format torch_dist
   --save-interval "$SAVE_INTERVAL" --save-retain-interval "$RETAIN_INTERVAL"

@@ -78,6 +78,7 @@ SchedulerType=sched/builtin
 SchedulerParameters=batch_sched_delay=1,sched_interval=2
 MpiDefault=none
 SwitchType=switch/none
+KillWait=15
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu

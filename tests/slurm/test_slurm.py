@@ -17,7 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpt3_scripts import FOLDER, TINY, environment, iterations, stub_in
+from tests.gpt3_scripts import (
+    FOLDER,
+    TINY,
+    assert_same,
+    environment,
+    last_iteration,
+    starts,
+    stub_in,
+)
 
 CLUSTER = Path(__file__).parent / "cluster.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -81,6 +89,14 @@ def command(slurm, *arguments, cwd=None, **settings) -> str:
     return result.stdout
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left(slurm):
+    """A test that fails leaves its job; it would keep the nodes from the next one."""
+    yield
+    command(slurm, "scancel", "--state=PENDING")
+    command(slurm, "scancel", "--state=RUNNING")
+
+
 def submit(slurm, folder, script, *options, **settings) -> str:
     """Submit a script of examples/gpt3_1.3b, or a path, for two nodes; return the job's number.
 
@@ -126,13 +142,14 @@ def reach(slurm, number, run, iteration):
     """Wait until a run has logged an iteration."""
 
     def has_reached():
-        if job(slurm, number)["JobState"] in ENDED:
-            return True
-        log = run / "log.txt"
-        return log.exists() and any(step["iteration"] >= iteration for step in iterations(log))
+        return job(slurm, number)["JobState"] in ENDED or last_iteration(run) >= iteration
 
     wait_for(has_reached)
     assert job(slurm, number)["JobState"] == "RUNNING", (run / "log.txt").read_text()
+
+
+def saved_in(run) -> int:
+    return int((run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -147,32 +164,14 @@ def alone(tmp_path_factory):
         timeout=TIMEOUT_S,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    steps = iterations(run / "log.txt")
-    assert steps[-1]["iteration"] == steps[-1]["of"] > 15
-    assert steps[1]["random-ltd kept tokens"] < 128
+    (steps,) = starts(run)
+    assert list(steps) == list(range(1, 21))
+    assert [steps[n]["random-ltd kept tokens"] for n in (1, 5, 20)] == [16, 48, 128]
     return steps
 
 
-def assert_same(steps, alone):
-    """Compare iterations of a run with the same ones of the run in one process."""
-    by_number = {step["iteration"]: step for step in alone}
-    for step in steps:
-        expected = by_number[step["iteration"]]
-        assert set(step) == set(expected)
-        for name, value in step.items():
-            tolerance = 1e-5 if name in ("lm loss", "grad norm") else 0
-            assert value == pytest.approx(expected[name], rel=tolerance, abs=0), (name, step)
-
-
-def assert_whole(run, alone):
-    """Each iteration was trained once, in order, as in the run in one process."""
-    steps = iterations(run / "log.txt")
-    assert [step["iteration"] for step in steps] == [step["iteration"] for step in alone]
-    assert_same(steps, alone)
-
-
 def stop_steps(slurm, number):
-    """As --signal=TERM@600 does, and an administrator who asks nicely."""
+    """Send the processes the signal that goes before preemption and the time limit."""
     command(slurm, "scancel", "--signal=TERM", number)
 
 
@@ -180,41 +179,22 @@ def requeue(slurm, number):
     command(slurm, "scontrol", "requeue", number)
 
 
-def preempt(slurm, number):
-    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
-    command(slurm, "sbatch", *urgent, "--wrap=sleep 1")
-
-
-def time_out(slurm, number):
-    """Move the time limit so near that SLURM sends the signal that goes before it."""
-    command(slurm, "scontrol", "update", f"JobId={number}", "TimeLimit=10")
-
-
 @pytest.mark.parametrize(
-    ("stop", "script", "settings"),
-    [
-        (stop_steps, "ltd_300b_tp2_sp", {}),
-        (requeue, "ltd_300b", {}),
-        (preempt, "ltd_300b_pp2", {}),
-        (time_out, "ltd_300b_cp2", {}),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
+    ("stop", "script"), [(stop_steps, "ltd_300b_tp2_sp"), (requeue, "ltd_300b_pp2")]
 )
-def test_a_stopped_job_goes_on_where_it_was(slurm, alone, tmp_path, stop, script, settings):
-    run = tmp_path / "run"
-    number = submit(slurm, tmp_path, script, **TINY, **settings)
-    reach(slurm, number, run, 3)
+def test_a_stopped_job_goes_on_where_it_was(slurm, alone, tmp_path, stop, script):
+    number = submit(slurm, tmp_path, script, **TINY)
+    reach(slurm, number, tmp_path / "run", 3)
     stop(slurm, number)
-    wait_for(lambda: job(slurm, number)["Restarts"] == "1")
-    saved = (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
-    assert int(saved) == iterations(run / "log.txt")[-1]["iteration"] < alone[-1]["iteration"]
-    if stop is time_out:
-        command(slurm, "scontrol", "update", f"JobId={number}", "TimeLimit=20")
     state, output = ended(slurm, number, tmp_path)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), output
-    assert f"start 1 of job {number} from iteration {saved}, 2 processes on 2 nodes" in output
-    assert output.splitlines()[-1].startswith(f"{script}: finished: iteration {len(alone)} of ")
-    assert_whole(run, alone)
+    # Each iteration was trained once.
+    first, second = starts(tmp_path / "run")
+    assert [*first, *second] == list(alone)
+    again = f"start 1 of job {number} from iteration {max(first)}, 2 processes on 2 nodes"
+    assert again in output
+    assert output.splitlines()[-1] == f"{script}: finished: iteration 20 of 20"
+    assert_same(first | second, alone)
 
 
 def test_a_killed_job_stays_down_and_goes_on_from_its_checkpoint(slurm, alone, tmp_path):
@@ -233,19 +213,18 @@ def test_a_killed_job_stays_down_and_goes_on_from_its_checkpoint(slurm, alone, t
             os.kill(int(process.parent.name), signal.SIGKILL)
     state, output = ended(slurm, number, tmp_path)
     assert (state["JobState"], state["Restarts"]) == ("FAILED", "0"), output
-    first = iterations(run / "log.txt")
-    saved = int((run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-    assert 3 <= saved <= first[-1]["iteration"]
+    saved, reached = saved_in(run), last_iteration(run)
+    assert 3 <= saved <= reached < len(alone)
     assert f"not requeued. The same command continues from iteration {saved}" in output
-    # Continued by hand, what had been trained after the checkpoint is trained again, to the digit.
+    # Continued by hand, what had been trained after the checkpoint is trained again, to the bit.
     again = submit(slurm, tmp_path, "ltd_300b", **settings)
     state, output = ended(slurm, again, tmp_path)
     assert state["JobState"] == "COMPLETED", output
-    second = iterations(run / "log.txt")[len(first) :]
-    assert [step["iteration"] for step in second] == list(range(saved + 1, len(alone) + 1))
-    repeated = [step for step in first if step["iteration"] > saved]
-    assert second[: len(repeated)] == repeated
-    assert_same(first + second, alone)
+    first, second = starts(run)
+    assert list(second) == list(range(saved + 1, len(alone) + 1))
+    assert all(second[n] == values for n, values in first.items() if n > saved)
+    assert_same(first, alone)
+    assert_same(second, alone)
 
 
 def stubbed(slurm, folder, *options, script="ltd_300b", **settings):
@@ -288,9 +267,29 @@ def test_what_fails_or_gets_nowhere_is_not_requeued(slurm, tmp_path, stub, said)
     assert re.search(f"ltd_300b: {said}", output.splitlines()[-1])
 
 
+def preempt(slurm, number, folder):
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
+    command(slurm, "sbatch", *urgent, "--wrap=sleep 1", cwd=folder)
+
+
+def time_out(slurm, number, folder):
+    """Move the time limit so near that SLURM sends the signal that goes before it."""
+    command(slurm, "scontrol", "update", f"JobId={number}", "TimeLimit=10")
+
+
+@pytest.mark.parametrize("end", [preempt, time_out])
+def test_a_job_that_slurm_ends_requeues_itself(slurm, tmp_path, end):
+    number = stubbed(slurm, tmp_path, "--exclusive", STUB="waits")
+    reach(slurm, number, tmp_path / "run", 2)
+    end(slurm, number, tmp_path)
+    state, output = ended(slurm, number, tmp_path)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), output
+    assert "stopped as asked to, checkpoint of iteration 2 of 6; requeued" in output
+
+
 def test_a_cancelled_job_is_not_requeued(slurm, tmp_path):
-    number = stubbed(slurm, tmp_path, STUB="fails", MASTER_ADDR="localhost", PROCESSES="7")
-    wait_for(lambda: (tmp_path / "run" / "log.txt").exists())
+    number = stubbed(slurm, tmp_path, STUB="waits")
+    reach(slurm, number, tmp_path / "run", 2)
     command(slurm, "scancel", number)
     state, _ = ended(slurm, number, tmp_path)
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
