@@ -40,7 +40,7 @@ STUB = r"""#!/bin/bash
 echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR:$MASTER_PORT" \
   "$CUDA_DEVICE_MAX_CONNECTIONS $NCCL_DEBUG $SRUN_CPUS_PER_TASK"
 case $STUB in
-  fails) [ "$RANK" != 1 ] && exec env --default-signal=TERM sleep 60; exit 7 ;;
+  fails) [ "$RANK" = 1 ] && exit 7; exec env --default-signal=USR2 sleep 60 ;;
   is-stuck) exit 0 ;;
 esac
 [ "$RANK" = 0 ] || exit 0
@@ -51,7 +51,7 @@ at=$(cat "$tracker" 2>/dev/null || echo 0)
 echo " [now] iteration $at/  6 | lm loss: 1.0E+00 |"
 echo "$at" >"$tracker"
 if [ "$STUB" = waits ] && [ -z "$SLURM_RESTART_COUNT" ]; then
-  exec env --default-signal=TERM bash -c "trap 'exit 0' TERM; while :; do sleep 0.1; done"
+  exec env --default-signal=USR2 bash -c "trap 'exit 0' USR2; while :; do sleep 0.1; done"
 fi
 """
 

@@ -4,10 +4,14 @@
 #
 # There is no torchrun between SLURM and Megatron, because of how a run is stopped. SLURM sends
 # SIGTERM to every process of a job step: before the time limit (--signal=TERM@600), at preemption,
-# scancel --signal=TERM, scontrol requeue. Megatron's --exit-signal-handler makes that "finish the
-# iteration, save, exit with status 0", on all ranks together. torchrun would take the same signal
-# for an order to end its workers, kill them after 30 seconds and report a failure. srun starts and
-# watches one process for each GPU by itself, and SLURM knows their ranks.
+# scancel --signal=TERM, scontrol requeue. torchrun would take it for an order to end its workers,
+# kill them after 30 seconds and report a failure. srun starts and watches one process for each GPU
+# by itself, and SLURM knows their ranks.
+#
+# Nor can Megatron wait for SIGTERM itself: it would save, but the process that it saves with has
+# been ended by the same signal. So all ignore it but a shell above each rank, which passes it on as
+# SIGUSR2, to the rank alone. Megatron's --exit-signal-handler makes that "finish the iteration,
+# save, exit with status 0", on all ranks together.
 #
 # A job requeues itself only if its processes ended with status 0, the run is not finished and its
 # newest checkpoint is newer than the one it began with. So what fails, or gets nowhere, stays down.
@@ -75,24 +79,29 @@ if [ -n "$in_slurm" ] && [ -z "${EXIT_MINUTES:-}" ] && [ -z "$DRY_RUN" ]; then
 fi
 [ -z "${EXIT_MINUTES:-}" ] || SAVE_ARGS+=(--exit-duration-in-mins "$EXIT_MINUTES")
 
-read -ra launcher <<<"${LAUNCHER:-}"
 read -ra extra_args <<<"$EXTRA_ARGS"
 COMMAND=(
-  "${launcher[@]}" "${PYTHON:-python3}" -m megatron_rltd "${PRETRAIN_GPT:-pretrain_gpt}"
+  "${PYTHON:-python3}" -m megatron_rltd "${PRETRAIN_GPT:-pretrain_gpt}"
   "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${RANDOM_LTD_ARGS[@]}" "${PARALLEL_ARGS[@]}"
   "${DATA_ARGS[@]}" "${SAVE_ARGS[@]}" "${LOGGING_ARGS[@]}" "${extra_args[@]}"
 )
-# What SLURM says of a process, in the words of torch.distributed. Until Megatron handles SIGTERM it
-# must not end a process: there is nothing to save yet. Ctrl-C comes as SIGTERM.
+# What SLURM says of a process, in the words of torch.distributed. Before Megatron is ready for a
+# signal there is nothing to save, and it has no effect.
 # shellcheck disable=SC2016
-AS_RANK='trap "" TERM INT
-export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
+AS_RANK='trap "" TERM INT USR2
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+"$@" &
+trap "kill -USR2 $!" TERM
+while kill -0 $! 2>/dev/null; do wait $!; done  # a signal interrupts it
+wait $!'
+read -ra launcher <<<"${LAUNCHER:-}"
+RANK_COMMAND=("${launcher[@]}" bash -c "$AS_RANK" rank "${COMMAND[@]}")
 SRUN=(srun --kill-on-bad-exit=1 --distribution=block --ntasks="$world")
 [ -z "${CONTAINER:-}" ] || SRUN+=(--container-image="$CONTAINER")
 [ -z "${CONTAINER_MOUNTS:-}" ] || SRUN+=(--container-mounts="$CONTAINER_MOUNTS")
 
 if [ -n "$DRY_RUN" ]; then
-  say "$world processes on $nodes nodes, ${SRUN[*]}" >&2
+  say "$world processes on $nodes nodes; in SLURM ${SRUN[*]}${LAUNCHER:+; each $LAUNCHER}" >&2
   printf '%q ' "${COMMAND[@]}"
   echo
   exit
@@ -106,7 +115,7 @@ if command -v flock >/dev/null; then
   [ "$status" -ne 1 ] || give_up "another run writes to RUN_DIR=$RUN_DIR: wait for it or set another"
 fi
 # A log of all the times that a run is started. Signals must not end it before the processes.
-exec > >(trap '' TERM INT && exec tee -a "$RUN_DIR/log.txt" 9>&-) 2>&1
+exec > >(trap '' TERM INT HUP && exec tee -a "$RUN_DIR/log.txt" 9>&-) 2>&1
 tee=$!
 end() { # STATUS MESSAGE...
   say "${@:2}"
@@ -130,23 +139,28 @@ train_on_nodes() {
   # srun does not take this over from sbatch by itself.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   trap 'asked_to_end=1' TERM # SLURM ends the whole job, and requeues it or not
-  MASTER_ADDR=${MASTER_ADDR:-$first} "${SRUN[@]}" bash -c "$AS_RANK" rank "${COMMAND[@]}" 9>&-
+  MASTER_ADDR=${MASTER_ADDR:-$first} "${SRUN[@]}" "${RANK_COMMAND[@]}" 9>&-
 }
 
 train_here() {
   local rank pid status=0 alive pids=()
   for ((rank = 0; rank < world; rank++)); do
+    # In a group of its own, which a terminal's Ctrl-C does not reach and which can be killed as one.
     SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=$world MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} \
-      bash -c "$AS_RANK" rank "${COMMAND[@]}" </dev/null 9>&- &
+      setsid "${RANK_COMMAND[@]}" </dev/null 9>&- &
     pids+=($!)
   done
   # shellcheck disable=SC2317  # called by the trap
   stop() {
-    [ -n "$asked_to_end" ] || say "stopping after this iteration, saving (once more to kill)"
-    kill -s "${asked_to_end:-TERM}" "${pids[@]}" 2>/dev/null || true
-    asked_to_end=KILL
+    if [ -z "$asked_to_end" ]; then
+      say "stopping after this iteration, saving (once more to kill)"
+      kill -TERM "${pids[@]}" 2>/dev/null || true
+    else
+      kill -KILL -- "${pids[@]/#/-}" 2>/dev/null || true
+    fi
+    asked_to_end=1
   }
-  trap stop TERM INT
+  trap stop TERM INT HUP
   while [ ${#pids[@]} -gt 0 ]; do
     sleep 1 9>&- & # a signal interrupts only what is waited for like this
     wait $! || true
@@ -159,7 +173,8 @@ train_here() {
       fi
     done
     pids=("${alive[@]}")
-    [ "$status" -eq 0 ] || kill -KILL "${pids[@]}" 2>/dev/null || true # they would wait for it
+    # The others would wait for the one that failed.
+    [ "$status" -eq 0 ] || kill -KILL -- "${pids[@]/#/-}" 2>/dev/null || true
   done
   return $status
 }
@@ -183,5 +198,6 @@ reached=$(saved_iteration) last=$(last_iteration)
   end 1 "nothing was trained and saved since iteration $began; not requeued, or it would go on for ever"
 stopped="stopped as asked to, checkpoint of iteration $reached of ${last:-?}"
 [ -n "$in_slurm" ] || end 130 "$stopped; the same command continues"
+trap '' TERM # which the job gets for being requeued
 scontrol requeue "$SLURM_JOB_ID" || end 1 "$stopped; SLURM does not requeue it, the same sbatch continues"
 end 0 "$stopped; requeued"

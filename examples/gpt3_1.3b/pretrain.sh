@@ -23,7 +23,7 @@
 #   EXTRA_ARGS         more flags, split at spaces; they win: EXTRA_ARGS="--fp8-format hybrid"
 #   CONTAINER          image for pyxis: CONTAINER=/images/pytorch.sqsh sbatch SCRIPT; the folders that
 #   CONTAINER_MOUNTS   it sees, as in "/data,/home" (the repository and RUN_DIR)
-#   LAUNCHER           goes before PYTHON: LAUNCHER="apptainer exec --nv image.sif" sbatch SCRIPT
+#   LAUNCHER           goes before each process: LAUNCHER="apptainer exec --nv image.sif" sbatch SCRIPT
 #   PROCESSES          without SLURM: how many (one for each GPU)
 #   MASTER_ADDR, MASTER_PORT  where rank 0 listens (the first node's address in SLURM, a free port)
 #   EXIT_MINUTES       save and stop after so many (SLURM: 5 minutes before the time limit, should
@@ -136,6 +136,8 @@ PARALLEL_ARGS=(
 [ "$SP" = 0 ] || PARALLEL_ARGS+=(--sequence-parallel)
 
 DATA_ARGS=(
+  # As in the published scripts, by each process itself: SIGTERM would end torch's workers.
+  --num-workers 0
   --split "949,50,1" --data-cache-path "${DATA_CACHE:-$RUN_DIR/cache}" --no-create-attention-mask-in-dataloader
 )
 if [ "$SCALE" = smoke ]; then
@@ -167,7 +169,7 @@ SAVE_ARGS=(
   --save-interval "$SAVE_INTERVAL" --save-retain-interval "$RETAIN_INTERVAL"
   # Any other number of GPUs or layout can continue it. (And of float32 Megatron loads nothing else.)
   --dist-ckpt-optim-fully-reshardable
-  --exit-signal-handler # SIGTERM: save after the iteration in progress, then exit with status 0
+  --exit-signal-handler --exit-signal SIGUSR2 # see launch.sh
 )
 LOGGING_ARGS=(
   --log-interval "$log_interval" --eval-interval "$eval_interval" --eval-iters "$eval_iters"

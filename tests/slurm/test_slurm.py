@@ -183,8 +183,8 @@ def requeue(slurm, number):
     ("stop", "script"), [(stop_steps, "ltd_300b_tp2_sp"), (requeue, "ltd_300b_pp2")]
 )
 def test_a_stopped_job_goes_on_where_it_was(slurm, alone, tmp_path, stop, script):
-    number = submit(slurm, tmp_path, script, **TINY)
-    reach(slurm, number, tmp_path / "run", 3)
+    number = submit(slurm, tmp_path, script, **{**TINY, "SAVE_INTERVAL": "3"})
+    reach(slurm, number, tmp_path / "run", 4)  # what Megatron saves with is there
     stop(slurm, number)
     state, output = ended(slurm, number, tmp_path)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), output
