@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --nodes=8 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --mem=0 --exclusive
 #SBATCH --time=24:00:00 --signal=TERM@600 --requeue --open-mode=append --output=%x-%j.log
-# ltd_300b.sh with the layers in two pipeline stages; small micro-batches keep both at work.
+# ltd_300b.sh with the layers in two pipeline stages, which Megatron initialises with other seeds.
 set -euo pipefail
 : "${TOKENS:=300000000000}" "${LR:=2e-4}" "${RAMP_ITERS:=200000}" "${PP:=2}" \
   "${MICRO_BATCH_SIZE:=1}" "${DRY_RUN:=}"
