@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -187,7 +188,18 @@ def test_scripts_differ_in_their_settings_alone():
         assert option in header
 
 
-def test_every_setting_is_read_and_every_variable_documented():
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck")
+def test_shellcheck_has_nothing_to_say():
+    scripts = [*sorted(FOLDER.glob("*.sh")), ROOT / "tests" / "slurm" / "cluster.sh"]
+    names = [str(script.relative_to(ROOT)) for script in scripts]
+    assert len(names) == len(SCRIPTS) + 3
+    result = subprocess.run(
+        ["shellcheck", "-x", *names], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_every_documented_setting_is_read():
     code = "".join(
         re.sub(r"^#.*\n", "", (FOLDER / name).read_text(), flags=re.MULTILINE)
         for name in ("pretrain.sh", "launch.sh")
@@ -323,6 +335,19 @@ def test_a_failed_run_says_so_and_leaves_no_process(tmp_path):
     assert time.monotonic() - start < 30  # the other process would have slept for 60 s
     assert processes_with(tmp_path) == []
     assert stubbed(tmp_path, STUB="is-stuck")[0] == 1
+
+
+def test_without_a_python_of_its_own_it_takes_what_is_there(tmp_path):
+    python3 = tmp_path / "python3"
+    python3.write_text(f'#!/bin/bash\necho "here" >>{tmp_path}/used\nexec {sys.executable} "$@"\n')
+    python3.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    settings = {"PATH": path, "SCALE": "smoke", "EXTRA_ARGS": "--no-such-flag"}
+    status, output, said = bash("ltd_300b", RUN_DIR=tmp_path / "run", PYTHON="", **settings)
+    assert status == 1, said
+    assert "unrecognized arguments: --no-such-flag" in output
+    assert output.splitlines()[-1].startswith("ltd_300b: training failed (status 1), see above")
+    assert (tmp_path / "used").exists()
 
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock")

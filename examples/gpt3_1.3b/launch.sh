@@ -63,7 +63,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ -z "${PYTHON:-}" ] && [ -z "$DRY_RUN${CONTAINER:-}${LAUNCHER:-}" ]; then
   # shellcheck source=tools/environment.sh
-  source "$root/tools/environment.sh"
+  PYTHON=$(source "$root/tools/environment.sh" && printf '%s' "$PYTHON") || exit 1
 fi
 
 # The time limit, should the signal before it be missed, say where SLURM's are not passed on.
