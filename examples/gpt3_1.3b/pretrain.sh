@@ -9,6 +9,7 @@
 #
 # Settings, from the environment. What a cluster needs of its own goes to sbatch, as options or as
 # SBATCH_* variables: --partition, --account, --nodes, --time and so on; they win over the header.
+# (--gpus-per-node=0 where SLURM knows of no GPUs. sbatch must be given the file, not its text.)
 #
 # Data: to be set, but for SCALE=smoke
 #   DATA_PATH          prefix of the .bin and .idx files, or a blend: "0.3 /data/a 0.7 /data/b"
