@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+#SBATCH --nodes=8 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --mem=0 --exclusive
+#SBATCH --time=24:00:00 --signal=TERM@600 --requeue --open-mode=append --output=%x-%j.log
+# Ablation: without growth, as many LayerTokens on 389.2B tokens of data as ltd_300b.sh.
+set -euo pipefail
+: "${METHOD:=constant}" "${TOKENS:=300000000000}" "${LR:=2e-4}" "${MIN_TOKENS:=1536}" \
+  "${DRY_RUN:=}"
+
+script=$0 # under sbatch a copy, and SLURM knows of what
+[ -e "$(dirname "$script")/pretrain.sh" ] ||
+  script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\.sh\).*|\1|p')
+# shellcheck source=examples/gpt3_1.3b/pretrain.sh
+source "$(dirname "$script")/pretrain.sh"
