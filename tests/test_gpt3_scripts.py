@@ -29,7 +29,7 @@ from tests.parallel import ROOT
 from tests.test_plan_command import command as plan
 from tests.test_quickstart import processes_of
 
-DATA = {"DATA_PATH": "/data/pile", "VOCAB_FILE": "/data/vocab.json", "MERGE_FILE": "/data/merges"}
+DATA = {"DATA_PATH": "/data/pile", "TOKENIZER": "/data/gpt2"}
 
 # What the published launch scripts of the experiment have in common (arXiv 2211.11586, 2212.03597).
 RECIPE = (
@@ -42,7 +42,7 @@ OURS = (
     "--bf16 --transformer-impl transformer_engine --ckpt-format torch_dist --exit-signal-handler "
     "--exit-signal SIGUSR2 --num-workers 0 "
     "--use-distributed-optimizer --log-throughput --data-path /data/pile "
-    "--vocab-file /data/vocab.json --merge-file /data/merges --tokenizer-type GPT2BPETokenizer"
+    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /data/gpt2"
 )
 DENSE = "--lr {} --train-samples {}"
 LTD = (
@@ -151,7 +151,7 @@ def test_megatron_takes_the_flags_for_the_experiment(name, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     for variable, value in DATA.items():
         monkeypatch.setenv(variable, value)
-    line = f"--gpus 64 --json --from {FOLDER / name}.sh"
+    line = f"--gpus 64 --json --from {FOLDER / name}.sh -- --vocab-size 50257"
     status, output = plan(line)
     assert status == 0, output
     numbers = json.loads(output)
@@ -192,7 +192,7 @@ def test_scripts_differ_in_their_settings_alone():
 def test_shellcheck_has_nothing_to_say():
     scripts = [*sorted(FOLDER.glob("*.sh")), ROOT / "tests" / "slurm" / "cluster.sh"]
     names = [str(script.relative_to(ROOT)) for script in scripts]
-    assert len(names) == len(SCRIPTS) + 3
+    assert len(names) == len(SCRIPTS) + 4
     result = subprocess.run(
         ["shellcheck", "-x", *names], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
@@ -239,8 +239,8 @@ FEW = {"PROCESSES": "8", **DATA}
     ("name", "settings", "message"),
     [
         ("ltd_300b", {**FEW, "DATA_PATH": ""}, "DATA_PATH is not set: see the top of"),
-        ("ltd_300b", {**FEW, "VOCAB_FILE": ""}, "VOCAB_FILE is not set"),
-        ("ltd_300b", {**FEW, "MERGE_FILE": ""}, "MERGE_FILE is not set"),
+        ("ltd_300b", {**FEW, "TOKENIZER": ""}, "TOKENIZER is not set"),
+        ("ltd_300b", FEW, "/data/gpt2/tokenizer_config.json is missing or empty: check DATA_PATH"),
         ("dense_300b", FEW, "/data/pile.bin is missing or empty: check DATA_PATH"),
         ("dense_300b", {**FEW, "DATA_PATH": "0.3 /d/a 1 /d/b"}, "/d/b.idx is missing or empty"),
         (

@@ -281,6 +281,17 @@ def test_gpt2_tokenizer_is_that_of_hugging_face(raw, tokenizer):
     assert ours.eos_token == END_OF_TEXT and len(ours) == len(plain) == 500
 
 
+def test_plans_know_the_tokenizer(tokenizer):
+    done = run_tool(
+        "plan_run.py",
+        *"-- --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64".split(),
+        *"--max-position-embeddings 64 --micro-batch-size 2 --train-iters 9 --lr 1e-3".split(),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "vocabulary 512\n" in done.stdout  # 500, padded
+
+
 @pytest.mark.parametrize(
     ("vocab", "merges", "part"),
     [

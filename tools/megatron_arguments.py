@@ -127,6 +127,9 @@ def set_vocabulary(args: Any) -> list[str]:
     if args.vocab_size and args.tokenizer_type in WITHOUT_FILES:
         build_tokenizer.build_tokenizer(args)  # of it Megatron's releases differ in the size
         return []
+    if args.tokenizer_type == "HuggingFaceTokenizer" and os.path.isdir(args.tokenizer_model or ""):
+        build_tokenizer.build_tokenizer(args)
+        return []
     size, notes = args.vocab_size, []
     if size is None and args.tokenizer_type == "GPT2BPETokenizer":
         size = GPT2_VOCABULARY

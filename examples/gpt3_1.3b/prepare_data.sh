@@ -4,7 +4,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-#SBATCH --output=%x-%A_%a.out
+#SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 # From raw text (JSONL, also .gz and .zst) to the one data set that Megatron trains on.
 #

@@ -13,8 +13,7 @@
 #
 # Data: to be set, but for SCALE=smoke
 #   DATA_PATH          prefix of the .bin and .idx files, or a blend: "0.3 /data/a 0.7 /data/b"
-#   VOCAB_FILE         GPT-2's vocab.json
-#   MERGE_FILE         GPT-2's merges.txt
+#   TOKENIZER          folder of the tokenizer; prepare_data.sh makes GPT-2's (README.md)
 # Where things go, on a file system that all nodes see
 #   RUN_DIR            checkpoints, TensorBoard, log.txt (runs/gpt3_1.3b/SCRIPT of the repository)
 #   DATA_CACHE         Megatron's index files, to be shared between runs (RUN_DIR/cache)
@@ -144,21 +143,22 @@ DATA_ARGS=(
 if [ "$SCALE" = smoke ]; then
   DATA_ARGS+=(--mock-data --tokenizer-type NullTokenizer --vocab-size 8191)
 else
-  for name in DATA_PATH VOCAB_FILE MERGE_FILE; do
+  for name in DATA_PATH TOKENIZER; do
     [ -n "${!name:-}" ] || problem "$name is not set: see the top of ${BASH_SOURCE[0]}, or use SCALE=smoke"
   done
   read -ra data_path <<<"${DATA_PATH:-}"
   DATA_ARGS+=(
     --data-path "${data_path[@]}"
-    --tokenizer-type GPT2BPETokenizer --vocab-file "${VOCAB_FILE:-}" --merge-file "${MERGE_FILE:-}"
+    # Megatron's GPT2BPETokenizer would ask the Hugging Face hub, from every process.
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "${TOKENIZER:-}"
   )
-  files=("${VOCAB_FILE:-}" "${MERGE_FILE:-}")
+  files=("${TOKENIZER:+$TOKENIZER/tokenizer_config.json}")
   for prefix in "${data_path[@]}"; do
     [[ $prefix =~ ^[0-9.]+$ ]] || files+=("$prefix.bin" "$prefix.idx") # or it is a weight
   done
   for file in "${files[@]}"; do
     [ -n "$DRY_RUN" ] || [ -z "$file" ] || [ -s "$file" ] ||
-      problem "$file is missing or empty: check DATA_PATH, VOCAB_FILE and MERGE_FILE"
+      problem "$file is missing or empty: check DATA_PATH and TOKENIZER"
   done
 fi
 

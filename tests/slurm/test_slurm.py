@@ -4,6 +4,7 @@ A job that is stopped must go on exactly where it was, by itself where that is r
 must be those of the same script in one process. tests/slurm/cluster.sh is the SLURM.
 """
 
+import json
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ from tests.gpt3_scripts import (
     starts,
     stub_in,
 )
+from tests.parallel import ROOT
 
 CLUSTER = Path(__file__).parent / "cluster.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -307,7 +310,7 @@ def test_a_cancelled_job_is_not_requeued(slurm, tmp_path):
         (
             "ltd_300b",
             ["--gpus-per-node=8"],
-            {"SCALE": "full", "DRY_RUN": "1", "DATA_PATH": "x", "VOCAB_FILE": "x"},
+            {"SCALE": "full", "DRY_RUN": "1", "DATA_PATH": "x", "TOKENIZER": "x"},
             "SLURM gave 8 GPUs and 1 tasks on each node, but a task drives one GPU: submit with",
         ),
     ],
@@ -328,3 +331,35 @@ def test_a_container_is_handed_to_srun(slurm, tmp_path):
     assert state["JobState"] == "COMPLETED", output
     assert "ltd_300b: 2 processes on 2 nodes; in SLURM srun --kill-on-bad-exit=1 " in output
     assert "--container-image=a.sqsh --container-mounts=/data,/home" in output
+
+
+def test_data_is_prepared_by_an_array_of_jobs_and_joined(slurm, tmp_path):
+    from tokenizers import ByteLevelBPETokenizer
+
+    (tmp_path / "raw").mkdir()
+    texts = [(ROOT / f"megatron_rltd/{name}.py").read_text() for name in ("ops", "cpu", "layer")]
+    for number, text in enumerate(texts):
+        line = json.dumps({"text": text})
+        (tmp_path / f"raw/{number}.jsonl").write_text(f"{line}\n{line}\n")
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=300, special_tokens=["<|endoftext|>"])
+    tokenizer.save_model(str(tmp_path))
+    settings = {
+        "INPUT": "raw",
+        "OUTPUT": "data",
+        "VOCAB_FILE": "vocab.json",
+        "MERGE_FILE": "merges.txt",
+        "PYTHON": sys.executable,
+    }
+    script = FOLDER / "prepare_data.sh"
+    sbatch = ("sbatch", "--parsable", "--time=20")
+    array = command(slurm, *sbatch, "--array=0-1", script, cwd=tmp_path, **settings).strip()
+    dependency = f"--dependency=afterok:{array}"
+    joined = command(slurm, *sbatch, dependency, script, cwd=tmp_path, **settings).strip()
+    state, output = ended(slurm, joined, tmp_path)
+    assert state["JobState"] == "COMPLETED", output
+    assert "6 documents, " in output
+    assert ".jsonl\n" not in output  # the array had made every shard
+    assert (tmp_path / "data/text_document.idx").exists()
+    logs = [path.read_text() for path in tmp_path.glob("*.log")]
+    assert sorted(re.findall(r"(\d) shards made", "".join(logs))) == ["1", "2"]
