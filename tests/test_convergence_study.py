@@ -18,6 +18,7 @@ import analysis
 import arms
 import study
 import text
+import training
 
 FOLDER = Path(study.__file__).parent
 ROOT = FOLDER.parents[1]
@@ -29,7 +30,7 @@ def plans():
     """What tools/plan_run.py makes of the flags: Megatron's parser and scheduler, not `planned`."""
 
     def plan(name):
-        words = study.run_flags(arms.ARMS[name], STEPS, seed=1)
+        words = training.run_flags(arms.ARMS[name], STEPS, seed=1, evaluations=1)
         at = words.index("--tokenizer-type")
         command = [sys.executable, str(ROOT / "tools" / "plan_run.py"), "--json", "--"]
         command += [*words[:at], *words[at + 2 :], "--vocab-size", "2048"]
@@ -124,10 +125,18 @@ def test_differences_are_paired_by_seed():
     assert analysis.half_interval(found.values()) == pytest.approx(4.303 * 0.1 / math.sqrt(3))
     text = analysis.tables(runs)
     assert "| dense | 3 | 5.0000 ± 1.0000 | 40 | 1.000 | 1.000 |" in text
-    assert "| ltd-same-data | 4 | 3.8500 ± 2.0952 | 40 | 0.750 | 0.750 |" in text
+    assert "| ltd-same-data | 4 | 3.8500 ± 2.0857 | 40 | 0.750 | 0.750 |" in text
     assert "| -0.1000, -0.2000, -0.3000 | -0.2000 | 0.1000 | -0.4484 to +0.0484 |" in text
     assert "Spread of a difference over seeds: 0.1000" in text
     assert "constant" not in text  # nothing is said of arms that were not trained
+
+
+def test_one_seed_has_no_spread():
+    table = analysis.tables(rows("dense", {1: 4.0}) + rows("ltd-same-data", {1: 3.9}))
+    assert "| dense | 1 | 4.0000 |" in table
+    assert "| -0.1000 | -0.1000 | - | - | one seed: nothing |" in table
+    assert "over seeds: -." in table
+    assert "nan" not in table
 
 
 def test_verdicts():
@@ -163,10 +172,10 @@ def test_wrong_options(words, message, capsys):
 
 
 def test_a_run_is_not_continued_with_other_flags(tmp_path):
-    study.check_same_flags(tmp_path / "run", ["--lr", "1"])
-    study.check_same_flags(tmp_path / "run", ["--lr", "1"])
-    with pytest.raises(study.StudyError, match="was begun with other flags"):
-        study.check_same_flags(tmp_path / "run", ["--lr", "2"])
+    training.check_same_flags(tmp_path / "run", ["--lr", "1"])
+    training.check_same_flags(tmp_path / "run", ["--lr", "1"])
+    with pytest.raises(training.StudyError, match="was begun with other flags"):
+        training.check_same_flags(tmp_path / "run", ["--lr", "2"])
 
 
 def test_text_is_split_by_file_and_has_enough_for_one_pass(tmp_path):
@@ -176,17 +185,17 @@ def test_text_is_split_by_file_and_has_enough_for_one_pass(tmp_path):
         (library / f"{number}.py").write_text(f"# {number}\n" + "x = 1\n" * 1000)
     (library / "short.py").write_text("x = 1\n")
     sets = text.split(str(library))
-    assert [len(texts) for texts in sets.values()] == [12, 24, 24]
+    assert [len(texts) for texts in sets.values()] == [20, 20, 20]
     first_lines = [one.split("\n")[0] for texts in sets.values() for one in texts]
     assert len(set(first_lines)) == 60  # no file is in two sets
     assert {len(one) for name in text.VALIDATION_SETS for one in sets[name]} == {4000}
     assert sets == text.split(str(library))
-    assert [len(one) for one in sets["train"]] > [4000] * 12
+    assert [len(one) for one in sets["train"]] > [4000] * 20
 
     prefix = tmp_path / "train_text_document"
     Path(f"{prefix}.bin").write_bytes(b"\0" * 2 * 1000 * arms.SEQ_LENGTH)
     study.check_one_pass(str(prefix), ["dense", "ltd-same-compute"], 380)
-    with pytest.raises(study.StudyError, match="--steps 420: .* reads .* samples of .* 999"):
+    with pytest.raises(training.StudyError, match="--steps 420: .* reads .* samples of .* 999"):
         study.check_one_pass(str(prefix), ["dense", "ltd-same-compute"], 420)
     study.check_one_pass(str(prefix), ["dense"], 420)
 

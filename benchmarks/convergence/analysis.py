@@ -159,12 +159,14 @@ def tables(runs: list[Row]) -> str:
             f"{fmean(by_seed(runs, arm, key).values()) / fmean(dense):.3f}" if dense else "-"
             for key, dense in base.items()
         ]
-        loss = f"{fmean(losses):.4f} ± {spread(losses):.4f}"
+        loss = f"{fmean(losses):.4f}"
+        if len(losses) > 1:
+            loss += f" ± {spread(losses):.4f}"
         lines += [f"| {arm} | {len(losses)} | {loss} | {samples:,.0f} | {' | '.join(shares)} |"]
     lines += [
         "",
-        "Loss in nats per token over both validation sets, mean ± standard deviation over seeds. LayerTokens and FLOPs "
-        "relative to dense.",
+        "Loss in nats per token over both validation sets, mean ± standard deviation over seeds. "
+        "LayerTokens and FLOPs relative to dense.",
         "",
         "| arm - compared with | per seed | mean | standard deviation | 95% interval | says |",
         "|---|---|--:|--:|---|---|",
@@ -176,18 +178,22 @@ def tables(runs: list[Row]) -> str:
         values = list(found.values())
         mean, half = fmean(values), half_interval(values)
         each = ", ".join(f"{value:+.4f}" for value in values)
-        interval = f"{mean - half:+.4f} to {mean + half:+.4f}"
+        interval = "-" if math.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
         lines.append(
-            f"| {arm} - {against}<br>{what} | {each} | {mean:+.4f} | {spread(values):.4f} | "
+            f"| {arm} - {against}<br>{what} | {each} | {mean:+.4f} | {_figure(spread(values))} | "
             f"{interval} | {verdict(values)} |"
         )
     lines += [
         "",
-        f"Spread of a difference over seeds: {seed_noise(runs):.4f}. Standard error that the "
-        f"choice of validation text gives a difference: {evaluation_noise(runs):.4f}.",
+        f"Spread of a difference over seeds: {_figure(seed_noise(runs))}. Standard error that the "
+        f"choice of validation text gives a difference: {_figure(evaluation_noise(runs))}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def main(argv: list[str]) -> int:
