@@ -30,7 +30,7 @@ def plans():
     """What tools/plan_run.py makes of the flags: Megatron's parser and scheduler, not `planned`."""
 
     def plan(name):
-        words = training.run_flags(arms.ARMS[name], STEPS, seed=1, evaluations=1)
+        words = training.run_flags(arms.ARMS[name], STEPS, seed=1, lr=1e-3, evaluations=1)
         at = words.index("--tokenizer-type")
         command = [sys.executable, str(ROOT / "tools" / "plan_run.py"), "--json", "--"]
         command += [*words[:at], *words[at + 2 :], "--vocab-size", "2048"]
@@ -242,7 +242,15 @@ def sample_orders(cache):
     return orders
 
 
-def test_study_survives_ctrl_c_and_kill(tmp_path):
+def test_study_survives_ctrl_c_and_kill(tmp_path, monkeypatch):
+    def little(library):
+        texts = [path.read_text() for path in sorted((ROOT / "megatron_rltd").glob("*.py"))]
+        a, b = ([texts[i][: text.VALIDATION_CHARACTERS]] for i in (0, 1))
+        return {"train": texts[2:], "validation_a": a, "validation_b": b}
+
+    monkeypatch.setattr(text, "split", little)
+    text.prepare(tmp_path / "data")
+
     dense, ltd = (tmp_path / "10-steps" / f"{arm}-seed-1" for arm in ("dense", "ltd-same-compute"))
 
     def steps_of(run):
@@ -270,7 +278,7 @@ def test_study_survives_ctrl_c_and_kill(tmp_path):
     output = whole.communicate(timeout=300)[0]
     assert whole.returncode == 0, output
     assert "[1/4] seed 1 dense: trained already" in output
-    assert "[4/4] seed 2 ltd-same-compute: 12 steps" in output
+    assert "[4/4] seed 2 ltd-same-compute: 13 steps" in output
     with (tmp_path / "results" / "runs.csv").open() as file:
         runs = list(csv.DictReader(file))
     assert [(run["arm"], run["seed"]) for run in runs] == [
@@ -286,9 +294,9 @@ def test_study_survives_ctrl_c_and_kill(tmp_path):
         assert float(run["validation_loss"]) == pytest.approx(parts / 2)
     assert len({run["validation_loss"] for run in runs}) == 4
     orders = sample_orders(tmp_path / "data" / "cache")
-    assert sorted(orders) == [(1, 20), (1, 24), (2, 20), (2, 24)]  # (seed, samples of a run)
-    assert orders[1, 20] == orders[1, 24]
-    assert orders[2, 20] == orders[2, 24]
+    assert sorted(orders) == [(1, 20), (1, 26), (2, 20), (2, 26)]  # (seed, samples of a run)
+    assert orders[1, 20] == orders[1, 26]
+    assert orders[2, 20] == orders[2, 26]
     assert orders[1, 20] != orders[2, 20]
     table = (tmp_path / "results" / "tables.md").read_text()
     assert table in output

@@ -32,9 +32,10 @@ from run_logs import LogError
 from training import StudyError, say
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 800
+STEPS = 500
 SEEDS = [1, 2, 3]
-EVALUATIONS = 4  # of the dense run, the one at its end included
+LR = 1e-3  # of 5e-4, 1e-3 and 2e-3 the best for the dense run
+EVALUATIONS = 3  # of the dense run, the one at its end included
 
 
 def check_one_pass(prefix: str, names: list[str], steps: int) -> None:
@@ -72,7 +73,7 @@ def train_all(options: argparse.Namespace) -> None:
     for number, (seed, name) in enumerate(pairs, start=1):
         arm, run = ARMS[name], run_folder(options, name, seed)
         what = f"[{number}/{len(pairs)}] seed {seed} {name}"
-        wanted = training.run_flags(arm, options.steps, seed, options.evaluations)
+        wanted = training.run_flags(arm, options.steps, seed, options.lr, options.evaluations)
         training.check_same_flags(run, wanted)
         if training.is_finished(run, arm, options.steps):
             say(f"{what}: trained already")
@@ -130,6 +131,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="(default: all)")
     help_text = "of the dense run; all other lengths follow (default: %(default)s)"
     add("--steps", type=whole(FEWEST_STEPS), default=STEPS, help=help_text)
+    help_text = "peak learning rate, of all arms (default: %(default)s)"
+    add("--lr", type=float, default=LR, help=help_text)
     help_text = "of the validation loss during the dense run (default: %(default)s)"
     add("--evaluations", type=whole(1), default=EVALUATIONS, help=help_text)
     help_text = "where runs and data go (default: runs/convergence)"
@@ -151,7 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print(listing(options.steps))
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # shells have background jobs ignore the first
+        signal.signal(number, signal.default_int_handler)
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     )

@@ -30,7 +30,7 @@ MODEL_FLAGS = f"""
 """.split()
 TRAINING_FLAGS = f"""
     --micro-batch-size {BATCH_SIZE} --global-batch-size {BATCH_SIZE}
-    --lr 2e-3 --min-lr 1e-5 --lr-decay-style cosine
+    --min-lr 1e-5 --lr-decay-style cosine
     --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
 """.split()
 # Without the second flag, Megatron 0.19 fails under the first.
@@ -50,14 +50,14 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
-def run_flags(arm: Arm, steps: int, seed: int, evaluations: int) -> list[str]:
+def run_flags(arm: Arm, steps: int, seed: int, lr: float, evaluations: int) -> list[str]:
     """Return all flags of a run but those that name files."""
     # Not a divisor of the steps, for Megatron evaluates once more when training is done.
     eval_interval = str(steps // evaluations + 1)
     intervals = ["--eval-interval", eval_interval, "--log-interval", str(max(1, steps // 50))]
     return [
         *(MODEL_FLAGS + TRAINING_FLAGS + DATA_FLAGS + LOGGING_FLAGS + intervals),
-        *("--seed", str(seed), *flags(arm, steps)),
+        *("--seed", str(seed), "--lr", str(lr), *flags(arm, steps)),
     ]
 
 
