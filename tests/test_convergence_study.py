@@ -52,6 +52,16 @@ def test_arm_is_as_long_as_megatron_makes_it(plans, arm):
     assert run["iterations"] == planned.iteration
     assert run["samples"] == planned.samples
     assert run["layer_tokens"] == planned.layer_tokens
+    rate = plans[arm]["learning_rate"]
+    assert rate["minimum_reached"]["iteration"] == run["iterations"]  # decayed, and not before
+    assert rate["by_layer_tokens"] == arms.ARMS[arm].layer_token_lr
+
+
+def test_long_warm_up_is_as_long_as_layer_token_lr_makes_it(plans):
+    warm_up = plans["ltd-same-compute"]["learning_rate"]["warmup_over"]
+    words = arms.flags(arms.ARMS["dense-long-warm-up"], STEPS)
+    samples = int(words[words.index("--lr-warmup-samples") + 1])
+    assert samples == warm_up["iteration"] * arms.BATCH_SIZE > 2 * 0.05 * STEPS * arms.BATCH_SIZE
 
 
 @pytest.mark.parametrize("steps", [arms.FEWEST_STEPS, 100, STEPS, 3001])
@@ -90,6 +100,9 @@ def test_arms_of_a_question_differ_in_what_it_asks():
         ("dense-short", "dense"): {"share"},
         ("ltd-same-data", "ltd-same-data-plain-lr"): {"layer_token_lr"},
         ("ltd-same-compute", "ltd-same-compute-plain-lr"): {"layer_token_lr"},
+        ("dense-long-warm-up", "dense"): {"long_warm_up"},
+        ("ltd-same-data", "dense-long-warm-up"): drops | {"long_warm_up"},
+        ("ltd-same-compute", "dense-long-warm-up"): drops | {"budget", "long_warm_up"},
         ("ltd-same-data", "constant-same-data"): {"dropping"},
         ("ltd-same-compute-strata", "ltd-same-compute"): {"strata"},
     }

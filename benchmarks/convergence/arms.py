@@ -40,6 +40,8 @@ class Arm:
             has processed as many LAYER_TOKENS.
         share: Of the dense run's samples or LayerTokens.
         layer_token_lr: Whether the learning rate advances by LayerTokens, not by samples.
+        long_warm_up: Whether the warm-up has as many steps as LayerToken LR makes of it in RAMPED,
+            where few tokens are kept at first. Without it, the steps of a dense run.
         strata: 1 draws kept tokens uniformly from the sequence, as the paper does; more from each
             of so many slices alike. The default of the study is the paper's.
     """
@@ -48,6 +50,7 @@ class Arm:
     budget: str = SAMPLES
     share: Fraction = Fraction(1)
     layer_token_lr: bool = False
+    long_warm_up: bool = False
     strata: int = 1
 
 
@@ -64,6 +67,7 @@ ARMS = {
     "ltd-same-compute-strata": Arm(RAMPED, LAYER_TOKENS, layer_token_lr=True, strata=16),
     "ltd-short": Arm(RAMPED, LAYER_TOKENS, SHORT, layer_token_lr=True),
     "constant-same-data": Arm(CONSTANT, layer_token_lr=True),
+    "dense-long-warm-up": Arm(long_warm_up=True),
 }
 
 # (arm, arm that it is compared with, what the difference says)
@@ -75,6 +79,9 @@ QUESTIONS = [
     ("dense-short", "dense", "what that third is worth to a dense run"),
     ("ltd-same-data", "ltd-same-data-plain-lr", "LayerToken LR, same samples"),
     ("ltd-same-compute", "ltd-same-compute-plain-lr", "LayerToken LR, same LayerTokens"),
+    ("dense-long-warm-up", "dense", "what of it is the longer warm-up, in a dense run"),
+    ("ltd-same-data", "dense-long-warm-up", "same samples, as many steps of warm-up"),
+    ("ltd-same-compute", "dense-long-warm-up", "same LayerTokens, as many steps of warm-up"),
     ("ltd-same-data", "constant-same-data", "MSLG against constant drop, same samples and compute"),
     ("ltd-same-compute-strata", "ltd-same-compute", "16 strata against plain uniform sampling"),
 ]
@@ -107,7 +114,7 @@ def planned(arm: Arm, steps: int) -> Progress:
 def flags(arm: Arm, steps: int) -> list[str]:
     """Return the flags that make a training run this arm, all else being equal."""
     kept = schedule(arm, steps)
-    words = ["--lr-warmup-samples", str(max(1, int(steps * WARM_UP)) * BATCH_SIZE)]
+    words = ["--lr-warmup-samples", str(_warm_up_steps(arm, steps) * BATCH_SIZE)]
     if arm.budget == LAYER_TOKENS:
         words += ["--train-layer-tokens", str(_layer_tokens_per_layer(arm, steps))]
     else:
@@ -123,6 +130,16 @@ def flags(arm: Arm, steps: int) -> list[str]:
     if arm.layer_token_lr:
         words += ["--layer-token-lr"]
     return words
+
+
+def _warm_up_steps(arm: Arm, steps: int) -> int:
+    """Return the steps of warm-up that are asked for: LayerToken LR takes longer over them."""
+    usual = max(1, int(steps * WARM_UP))
+    if not arm.long_warm_up:
+        return usual
+    counted = LayerTokens(schedule(Arm(RAMPED), steps), NUM_LAYERS, NUM_DROPPED)
+    tokens = usual * BATCH_SIZE * counted.dense
+    return counted.until(lambda run: run.layer_tokens >= tokens, lambda _: BATCH_SIZE).iteration
 
 
 def _layer_tokens_per_layer(arm: Arm, steps: int) -> int:

@@ -20,6 +20,7 @@ STYLES = {
     "ltd-same-compute-strata": ("#CC79A7", "--"),
     "ltd-short": ("#D55E00", ":"),
     "constant-same-data": ("#009E73", "-."),
+    "dense-long-warm-up": ("#999999", "-"),
 }
 MAIN = ("dense", "dense-short", "ltd-same-data", "ltd-same-compute", "ltd-short")
 LATE = 0.3  # the curve's share that does not decide the scale: its steep start

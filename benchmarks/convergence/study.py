@@ -1,6 +1,6 @@
 """Train small GPTs dense and with random-LTD, each arm on several seeds, and compare them.
 
-    python benchmarks/convergence/study.py                       3 seeds, 9 arms, about an hour
+    python benchmarks/convergence/study.py                       3 seeds, 10 arms, about an hour
     python benchmarks/convergence/study.py --seeds 5 6 7         on other seeds
     python benchmarks/convergence/study.py --arms dense ltd-same-compute --steps 2000
     python benchmarks/convergence/study.py --list                what each arm is trained with
