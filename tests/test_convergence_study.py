@@ -157,6 +157,9 @@ def test_verdicts():
     assert analysis.verdict([0.20, 0.21, 0.22]) == "higher loss"
     assert analysis.verdict([-0.2, -0.3, -0.1]) == "the spread covers it"
     assert analysis.verdict([-0.2]) == "one seed: nothing"
+    assert analysis.verdict([-0.20, -0.21, -0.22], text_noise=0.1) == "lower loss"
+    text = "may be due to the validation text"
+    assert analysis.verdict([-0.20, -0.21, -0.22], text_noise=0.11) == text
 
 
 def test_evaluation_noise_is_what_the_validation_sets_disagree_by():
@@ -315,3 +318,16 @@ def test_study_survives_ctrl_c_and_kill(tmp_path, monkeypatch):
     assert table in output
     assert analysis.tables(analysis.read_csv(tmp_path / "results" / "runs.csv")) == table
     assert (tmp_path / "results" / "study.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_findings_show_the_committed_results():
+    runs = analysis.read_csv(FOLDER / "results" / "runs.csv")
+    assert {run["arm"] for run in runs} == set(arms.ARMS)
+    assert {(run["arm"], run["seed"]) for run in runs} == {
+        (arm, seed) for arm in arms.ARMS for seed in study.SEEDS
+    }
+    for run in runs:
+        end = arms.planned(arms.ARMS[run["arm"]], study.STEPS)
+        assert (run["iterations"], run["layer_tokens"]) == (end.iteration, end.layer_tokens)
+    assert analysis.tables(runs) in (FOLDER / "README.md").read_text()
+    assert (FOLDER / "results" / "tables.md").read_text() == analysis.tables(runs)

@@ -116,15 +116,23 @@ def half_interval(values: Iterable[float]) -> float:
     return STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * stdev(values) / math.sqrt(len(values))
 
 
-def verdict(values: Iterable[float]) -> str:
-    """Say what the differences of an arm's loss from another's allow to be said."""
+def verdict(values: Iterable[float], text_noise: float = 0.0) -> str:
+    """Say what the differences of an arm's loss from another's allow to be said.
+
+    Args:
+        values: One for each seed.
+        text_noise: What `evaluation_noise` returns. All seeds share the validation text, so that
+            their spread does not show it.
+    """
     values = list(values)
     mean, half = fmean(values), half_interval(values)
     if math.isnan(half):
         return "one seed: nothing"
-    if abs(mean) > half:
-        return "lower loss" if mean < 0 else "higher loss"
-    return "the spread covers it"
+    if abs(mean) <= half:
+        return "the spread covers it"
+    if abs(mean) <= 2 * text_noise:
+        return "may be due to the validation text"
+    return "lower loss" if mean < 0 else "higher loss"
 
 
 def evaluation_noise(runs: list[Row]) -> float:
@@ -181,7 +189,7 @@ def tables(runs: list[Row]) -> str:
         interval = "-" if math.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
         lines.append(
             f"| {arm} - {against}<br>{what} | {each} | {mean:+.4f} | {_figure(spread(values))} | "
-            f"{interval} | {verdict(values)} |"
+            f"{interval} | {verdict(values, evaluation_noise(runs))} |"
         )
     lines += [
         "",

@@ -47,7 +47,7 @@ def draw(runs: list[Row], curves: list[Row], path: Path) -> None:
     by_tokens.set_title("the same, by LayerTokens processed")
     variants.set_title("random-LTD and its variants, by LayerTokens processed")
     _differences(paired, runs)
-    figure.savefig(path, format="png", dpi=100)
+    figure.savefig(path, format="png", dpi=90)
 
 
 def _curves(axes: Any, curves: list[Row], arms: list[str], key: str) -> None:
