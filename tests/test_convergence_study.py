@@ -94,6 +94,7 @@ def test_arms_of_a_question_differ_in_what_it_asks():
     drops = {"dropping", "layer_token_lr"}  # without dropping the two learning rates are one
     assert differing == {
         ("ltd-same-data", "dense"): drops,
+        ("ltd-same-data-plain-lr", "dense"): {"dropping"},
         ("ltd-same-compute", "dense"): drops | {"budget"},
         ("ltd-short", "dense-short"): drops | {"budget"},
         ("ltd-short", "dense"): drops | {"budget", "share"},

@@ -73,6 +73,7 @@ ARMS = {
 # (arm, arm that it is compared with, what the difference says)
 QUESTIONS = [
     ("ltd-same-data", "dense", "random-LTD on the same samples, for less compute"),
+    ("ltd-same-data-plain-lr", "dense", "the same with the dense run's learning rate"),
     ("ltd-same-compute", "dense", "random-LTD at the same LayerTokens, on more samples"),
     ("ltd-short", "dense-short", "the same at 2/3 of the budget"),
     ("ltd-short", "dense", "random-LTD at 2/3 of the LayerTokens: the paper's saving of a third"),
