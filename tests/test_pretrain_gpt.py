@@ -61,6 +61,27 @@ def test_models_that_it_cannot_build_are_an_error(monkeypatch):
             model_provider.model_provider()
 
 
+def write(prefix, documents, length):
+    """Write documents of 0, 1, 2, ... where Megatron reads them; return their prefix."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin")
+    for _ in range(documents):
+        builder.add_document(torch.arange(length), [length])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def test_several_validation_sets_are_evaluated_whole(tmp_path):
+    names = [write(tmp_path / name, n, 100) for name, n in (("a", 90), ("b", 20), ("c", 40))]
+    line = BASE.replace("--mock-data", "").replace("--split 90,5,5", "")
+    line += " --train-data-path {} --valid-data-path {} {}".format(*names)
+    several = train(f"{line} --multiple-validation-sets --full-validation")
+    for number in (0, 1):
+        assert f"validation-{number} loss at iteration" in several.output
+
+
 @pytest.mark.parametrize(
     ("documents", "split", "missing"),
     [
@@ -73,16 +94,9 @@ def test_models_that_it_cannot_build_are_an_error(monkeypatch):
 )
 def test_sets_without_a_document_are_named(tmp_path, documents, split, missing):
     # Megatron would search them for samples for ever.
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     from megatron_rltd.pretrain_gpt import empty_sets
 
-    prefix = str(tmp_path / "data")
-    builder = IndexedDatasetBuilder(f"{prefix}.bin")
-    for _ in range(documents):
-        builder.add_document(torch.arange(3), [3])
-    builder.finalize(f"{prefix}.idx")
+    prefix = write(tmp_path / "data", documents, 3)
     problems = empty_sets(split, prefix)
     assert len(problems) == len(missing)
     for problem, name in zip(problems, missing, strict=True):
