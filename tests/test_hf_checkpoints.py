@@ -6,6 +6,7 @@ import functools
 import json
 import shlex
 import shutil
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -75,7 +76,8 @@ def assert_near(ours, theirs, tolerance):
 
 RUNS = {  # name: (ranks, flags of the layout and the model, tolerance)
     "gpt2 of TP": (2, f"{TP2} --make-vocab-size-divisible-by 96", EXACT),
-    "gpt2 of PP": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1", EXACT),
+    "gpt2 of PP": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1 {UNTIED}", EXACT),
+    "gpt2 in bf16": (1, "--bf16", EXACT),
     "llama of TP": (2, f"{TP2} {LLAMA} {UNTIED}", ROPE),
     "llama of PP": (2, f"{PP2} {LLAMA}", ROPE),
 }
@@ -98,7 +100,13 @@ def trained(tmp_path_factory):
 def test_a_trained_model_has_the_same_logits(trained, name, tmp_path, capsys):
     load, tolerance = trained(name), RUNS[name][2]
     folder = export(load, tmp_path / "out" / "model")
-    assert f"{load}/iter_0000002" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{load}/iter_0000002" in printed
+    dtype = "bfloat16" if "--bf16" in RUNS[name][1] else "float32"
+    assert f"parameters in {dtype}, " in printed
+    assert {str(t.dtype) for t in load_file(folder / "model.safetensors").values()} == {
+        f"torch.{dtype}"
+    }
     theirs = megatron_logits(load, tmp_path, "--no-bias-gelu-fusion")
     assert theirs.shape[-1] > VOCABULARY  # padded, which the export is not
     assert_near(hugging_face_logits(folder), theirs[..., :VOCABULARY], tolerance)
@@ -111,7 +119,11 @@ def test_a_trained_model_has_the_same_logits(trained, name, tmp_path, capsys):
 MODELS = {
     "gpt2, tanh": (gpt2, {}, TANH),
     "gpt2, exact, wide MLP": (gpt2, {"activation_function": "gelu", "n_inner": 48}, EXACT),
-    "gpt2, epsilon": (gpt2, {"layer_norm_epsilon": 1e-3}, TANH),
+    "gpt2, epsilon, untied": (
+        gpt2,
+        {"layer_norm_epsilon": 1e-3, "tie_word_embeddings": False},
+        TANH,
+    ),
     "llama": (llama, {}, ROPE),
     "llama, tied, no groups": (
         llama,
@@ -120,6 +132,15 @@ MODELS = {
     ),
     "llama, one group": (llama, {"num_key_value_heads": 1, "rms_norm_eps": 1e-3}, ROPE),
 }
+
+
+# What of a configuration is to come back as it went.
+OF_CONFIG = (
+    "model_type vocab_size tie_word_embeddings activation_function layer_norm_epsilon n_positions "
+    "n_embd n_layer n_head attn_pdrop resid_pdrop hidden_act rms_norm_eps hidden_size "
+    "intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings rope_parameters attention_dropout dtype"
+).split()
 
 
 @pytest.fixture(params=MODELS)
@@ -146,6 +167,10 @@ def test_there_and_back(published, tmp_path, capsys):
     before, after = (load_file(path / "model.safetensors") for path in (folder, back))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (back, folder))
+    assert {name: ours.get(name) for name in OF_CONFIG} == {
+        name: theirs.get(name) for name in OF_CONFIG
+    }
 
 
 def test_use_checkpoint_args_and_tensor_parallelism(tmp_path, capsys):
@@ -196,6 +221,22 @@ def test_dtype_and_bare_names_and_pieces(tmp_path):
     assert json.loads((back / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_norms_stored_less_one_in_bf16():
+    shape = hf_weights.Shape(0, 4, 4, 8, True, centred_norms=True)
+    gamma = torch.full((8,), 0.01233).bfloat16()
+
+    def read(name):
+        return gamma[:0] if name.startswith(hf_weights.LAYERS) else gamma
+
+    wide = dict(hf_weights.to_hugging_face("gpt2", shape, read, torch.float32))
+    assert torch.equal(wide["transformer.ln_f.weight"], gamma.float() + 1)
+    assert torch.equal(wide["transformer.ln_f.bias"], gamma.float())
+    as_stored = dict(hf_weights.to_hugging_face("gpt2", shape, read))
+    assert torch.equal(as_stored["transformer.ln_f.weight"], (gamma.float() + 1).bfloat16())
+    # So that it is seen what is rounded first.
+    assert not torch.equal(as_stored["transformer.ln_f.weight"].float(), gamma.float() + 1)
+
+
 def test_norms_stored_less_one():
     # --apply-layernorm-1p, which needs Transformer Engine to be trained.
     model = gpt2()
@@ -208,7 +249,7 @@ def test_norms_stored_less_one():
     stored = {k: torch.stack(v) if len(v) > 1 else v[0] for k, v in centred.items()}
     shape = dataclasses.replace(shape, centred_norms=True)
     for name, tensor in hf_weights.to_hugging_face("gpt2", shape, stored.__getitem__):
-        assert torch.allclose(tensor, weights[name].double(), rtol=0, atol=1e-6)
+        assert torch.allclose(tensor, weights[name].double(), rtol=0, atol=1e-15)
 
 
 def test_padding_hardly_changes_the_loss():
@@ -271,7 +312,6 @@ def test_families():
         ({"normalization": "RMSNorm"}, "--normalization RMSNorm with --position-embedding-type"),
         ({"swiglu": True}, "--swiglu with --position-embedding-type learned_absolute"),
         ({"add_bias_linear": False}, "--disable-bias-linear with --position-embedding-type"),
-        ({"untie_embeddings_and_output_weights": True}, f"{UNTIED} with"),
         ({"group_query_attention": True}, "--group-query-attention with"),
         ({"kv_channels": 16}, "--kv-channels 16: GPT-2's heads are"),
         (OF_LLAMA | {"rotary_percent": 0.5}, "--rotary-percent 0.5 with"),
@@ -355,6 +395,27 @@ def test_wrong_command_lines_of_the_export(trained, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("found", ["4.57.1", None])
+def test_another_transformers_is_refused_at_once(tmp_path, capsys, monkeypatch, found):
+    def version(name):
+        assert name == "transformers"
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    gpt2().save_pretrained(tmp_path / "hf")
+    monkeypatch.setattr(hf_config.metadata, "version", version)
+    said = f"transformers {found} is old" if found else "no transformers is installed"
+    said += ": pip install 'transformers>=5'"
+    arguments = ["--output", tmp_path / "o"]
+    # Before anything is read: there is no such run.
+    export = ["--load", tmp_path / "nothing", *arguments]
+    assert said_by(export_hf, export, capsys) == f"export_hf: {said}"
+    import_ = ["--input", tmp_path / "hf", *arguments]
+    assert said_by(import_hf, import_, capsys) == f"import_hf: {said}"
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_a_damaged_checkpoint_leaves_nothing(trained, tmp_path, capsys):
     shutil.copytree(trained(), tmp_path / "run")
     for file in (tmp_path / "run" / "iter_0000002").glob("*.distcp"):
@@ -370,7 +431,6 @@ def test_a_damaged_checkpoint_leaves_nothing(trained, tmp_path, capsys):
         ({"model_type": "mistral"}, "model_type mistral: only gpt2 and llama"),
         ({"activation_function": "relu"}, "activation_function relu (can be gelu_new or"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings False (can be True)"),
     ],
 )
 def test_models_that_are_not_imported(tmp_path, capsys, change, said):

@@ -2,9 +2,9 @@
 
     python tools/export_hf.py --load RUN/checkpoints --output FOLDER --tokenizer TOKENIZER_FOLDER
 
-GPT-2's architecture (learned positions, LayerNorm, GELU, biases, tied embeddings) becomes a
-GPT2LMHeadModel, Llama's (RoPE, RMSNorm, SwiGLU, no biases, with or without GQA) a
-LlamaForCausalLM; anything else is refused. All about the model comes from the checkpoint, which
+GPT-2's architecture (learned positions, LayerNorm, GELU, biases) becomes a GPT2LMHeadModel, Llama's
+(RoPE, RMSNorm, SwiGLU, no biases, with or without GQA) a LlamaForCausalLM, embeddings tied or not;
+anything else is refused. All about the model comes from the checkpoint, which
 may have been trained on any parallel layout; this is one process and needs no GPU. Of memory it
 takes about twice the model's, in the dtype that is stored; the optimizer is not read.
 
@@ -81,11 +81,12 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
     config = hf_config.config_of(family, args, vocabulary, ends)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     weights = {
-        name: tensor.to(dtype or tensor.dtype).contiguous()
+        name: tensor.contiguous()
         for name, tensor in hf_weights.to_hugging_face(
             family,
             hf_config.shape_of(args, vocabulary),
             lambda name: hf_checkpoint.read(folder, name),
+            dtype,
         )
     }
     config.dtype = weights[next(iter(weights))].dtype
@@ -130,9 +131,11 @@ def main(argv: list[str] | None = None) -> int:
     """Export; return the exit status."""
     options = parse_args(argv)
     import hf_checkpoint
+    import hf_config
     from hf_weights import ConversionError
 
     try:
+        hf_config.require_transformers()
         with hf_checkpoint.new_folder(options.output) as scratch:
             with hf_checkpoint.alone():
                 config, weights, said = converted(options, scratch)

@@ -3,6 +3,7 @@
 Either way, what the other side does not have is refused, all of it at once and by name.
 """
 
+from importlib import metadata
 from typing import Any
 
 from hf_weights import TITLES, ConversionError, Shape
@@ -38,7 +39,6 @@ REQUIRED: dict[str, dict[str, Any]] = {
         "swiglu": False,
         "add_bias_linear": True,
         "group_query_attention": False,
-        "untie_embeddings_and_output_weights": False,
     },
     "llama": {
         "normalization": "RMSNorm",
@@ -56,6 +56,21 @@ _FLAGS = {"add_bias_linear": "--disable-bias-linear"}
 # Both compute x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x ** 3))).
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
 EXACT_GELUS = ("gelu", "gelu_python")
+
+
+def require_transformers() -> None:
+    """Refuse a transformers whose configurations are spelled otherwise (dtype, rope_parameters).
+
+    Raises:
+        ConversionError: There is none, or one before 5.
+    """
+    try:
+        found = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        found = None
+    if found is None or int(found.partition(".")[0]) < 5:
+        there = "no transformers is installed" if found is None else f"transformers {found} is old"
+        raise ConversionError(f"{there}: pip install 'transformers>=5'")
 
 
 def family_of(args: Any) -> str:
@@ -154,6 +169,7 @@ def config_of(family: str, args: Any, vocabulary: int, ends: dict[str, int | Non
             n_layer=args.num_layers,
             n_head=args.num_attention_heads,
             n_inner=args.ffn_hidden_size,
+            tie_word_embeddings=not args.untie_embeddings_and_output_weights,
             activation_function=activation_of(args),
             layer_norm_epsilon=args.layernorm_epsilon,
             embd_pdrop=args.hidden_dropout,
@@ -205,7 +221,6 @@ def check_config(config: Any) -> str:
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),
-            "tie_word_embeddings": (True,),
         }
     else:
         wanted = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
@@ -260,6 +275,6 @@ def flags_of(config: Any) -> list[str]:
         if config.num_key_value_heads != config.num_attention_heads:
             flags["--num-query-groups"] = config.num_key_value_heads
             bare.append("--group-query-attention")
-        if not config.tie_word_embeddings:
-            bare.append("--untie-embeddings-and-output-weights")
+    if not config.tie_word_embeddings:
+        bare.append("--untie-embeddings-and-output-weights")
     return [*(str(part) for pair in flags.items() for part in pair), *bare]

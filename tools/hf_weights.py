@@ -60,6 +60,7 @@ _GPT2: Names = {
     "embedding.position_embeddings.weight": (SAME, ("transformer.wpe.weight",)),
     "decoder.final_layernorm.weight": (NORM, ("transformer.ln_f.weight",)),
     "decoder.final_layernorm.bias": (SAME, ("transformer.ln_f.bias",)),
+    "output_layer.weight": (ROWS, ("lm_head.weight",)),
 }
 _LLAMA_LAYER: Names = {
     "self_attention.linear_qkv.layer_norm_weight": (NORM, ("input_layernorm.weight",)),
@@ -95,20 +96,21 @@ def of_model(family: str, shape: Shape) -> Names:
 
 
 def to_hugging_face(
-    family: str, shape: Shape, read: Callable[[str], Tensor]
+    family: str, shape: Shape, read: Callable[[str], Tensor], dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of the Hugging Face model, in order of Megatron's.
 
     Args:
         read: Returns one of Megatron's tensors by name; that of a layer's parameter holds all
             layers, [layers, ...]. Each is asked for once and let go of when its parts are yielded.
+        dtype: Of the parameters; None: as read.
     """
     for name, (kind, theirs) in of_model(family, shape).items():
-        yield from zip(theirs, _exported(kind, read(name), shape), strict=True)
+        yield from zip(theirs, _exported(kind, read(name), shape, dtype), strict=True)
     _, layer_names, prefix = FAMILIES[family]
     for name, (kind, theirs) in layer_names.items():
         for i, tensor in enumerate(read(f"{LAYERS}.{name}")):
-            parts = _exported(kind, tensor, shape)
+            parts = _exported(kind, tensor, shape, dtype)
             yield from zip((f"{prefix}.{i}.{t}" for t in theirs), parts, strict=True)
 
 
@@ -142,11 +144,16 @@ def pad(rows: Tensor, size: int) -> Tensor:
     return torch.cat([rows, mean.expand(size - len(rows), -1)])
 
 
-def _exported(kind: str, tensor: Tensor, shape: Shape) -> Iterable[Tensor]:
+def _exported(
+    kind: str, tensor: Tensor, shape: Shape, dtype: torch.dtype | None
+) -> Iterable[Tensor]:
+    dtype = dtype or tensor.dtype
+    if kind == NORM and shape.centred_norms:
+        # Near one bf16 has fewer digits than near zero: the sum is rounded to `dtype` only.
+        return [(tensor.double() + 1).to(dtype)]
+    tensor = tensor.to(dtype)
     if kind == TRANSPOSED:
         return [tensor.T]
-    if kind == NORM and shape.centred_norms:
-        return [(tensor.float() + 1).to(tensor.dtype)]
     if kind == ROWS:
         return [tensor[: shape.vocabulary]]
     if kind == GATED:

@@ -93,10 +93,11 @@ def main(argv: list[str] | None = None) -> int:
     """Import; return the exit status."""
     options = parse_args(argv)
     import hf_checkpoint
-    from hf_config import TANH_GELUS
+    from hf_config import TANH_GELUS, require_transformers
     from hf_weights import ConversionError
 
     try:
+        require_transformers()
         with hf_checkpoint.alone(), hf_checkpoint.new_folder(options.output) as scratch:
             config, flags = convert(options, scratch)
     except (ConversionError, OSError) as error:
