@@ -169,6 +169,10 @@ def test_the_command_follows_the_variables(model, tmp_path):
     assert not (model / "eval-0shot").exists()
     plain = command(DEVICE="cpu")
     assert f"pretrained={model}\\,dtype=float32" in plain
+    # A bare 300 would be a number to lm_eval.
+    (tmp_path / "300").symlink_to(model)
+    bare = command(os.path.relpath(tmp_path / "300", ROOT), DEVICE="cpu")
+    assert f"pretrained={tmp_path}/300\\,dtype=float32" in bare
     assert "--num_fewshot 0 " in plain
     assert "--device cpu --batch_size 8 " in plain
     assert f"--output_path {model}/eval-0shot --log_samples" in plain
@@ -203,6 +207,18 @@ def test_errors_come_first(tmp_path, files, variables, said):
     (line,) = printed.splitlines()
     assert line.startswith("eval_zero_shot: ")
     assert said in line
+
+
+def test_a_comma_in_the_path(tmp_path):
+    folder = tmp_path / "a,b" / "model"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).touch()
+    status, printed = evaluate(folder, PYTHON="/bin/false")
+    assert status == 2
+    assert printed.splitlines() == [
+        f"eval_zero_shot: {folder} has a comma in it, where lm_eval splits; rename it"
+    ]
 
 
 def test_shellcheck():

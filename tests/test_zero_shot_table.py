@@ -88,18 +88,38 @@ def test_tasks_and_averages(tmp_path, capsys):
     assert table["multirc"] == ["questions", f"40.0 ± {error:.1f}", f"40.0 ± {error:.1f}"]
     spread = math.sqrt(18 + error**2) / 19
     assert table["average of 19"] == [f"40.0 ± {spread:.1f}", f"41.0 ± {spread:.1f}"]
-    assert "dense 300B 42.5" in "".join(lines)
-    assert "random-LTD 300B 43.7" in "".join(lines)
-    assert "44.9" not in "".join(lines)
+    assert published(lines) == [
+        ["published average of 19", "0 examples"],
+        ["dense 300B", "42.5"],
+        ["dense 200B", "41.9"],
+        ["dense 150B", "42.0"],
+        ["random-LTD 300B", "43.7"],
+        ["random-LTD 200B", "42.5"],
+        ["random-LTD 150B", "42.7"],
+    ]
+    assert lines.index("") == 21  # the two tables are next to each other
     assert "no average" not in "".join(lines)
 
 
 def test_ten_shots_are_compared_with_ten(tmp_path, capsys):
-    said = "".join(compared(capsys, evaluation(tmp_path / "a", shots=10)))
-    assert "published averages, 10 examples, lm_eval 0.2.0: dense 300B 44.0" in said
-    assert "43.7" not in said
-    said = "".join(compared(capsys, evaluation(tmp_path / "b", shots=5)))
-    assert "5 examples, lm_eval 0.2.0: none, there are those of 0 and of 10" in said
+    ten = evaluation(tmp_path / "a", shots=10)
+    lines = published(compared(capsys, ten))
+    assert lines[:2] == [["published average of 19", "10 examples"], ["dense 300B", "44.0"]]
+    assert ["random-LTD 150B", "43.5"] in lines
+    assert not any(line[0] == "random-LTD 200B" for line in lines)  # not published
+    none = evaluation(tmp_path / "c")
+    lines = published(compared(capsys, f"none={none}", f"ten={ten}"))
+    assert lines[0] == ["published average of 19", "0 examples", "10 examples"]
+    assert ["random-LTD 200B", "42.5", "-"] in lines
+    lines = compared(capsys, evaluation(tmp_path / "b", shots=5))
+    assert published(lines) == []
+    assert "averages were published of 0 and of 10 examples, and of no other" in "".join(lines)
+
+
+def published(lines):
+    """Return the cells of the table of the published averages."""
+    start = next((i for i, line in enumerate(lines) if line.startswith("published av")), len(lines))
+    return [cells(line) for line in [*lines[start:], ""][: [*lines[start:], ""].index("")]]
 
 
 def averages(lines):
@@ -130,6 +150,23 @@ def test_multirc_needs_the_samples(tmp_path, capsys):
     assert any("1 of 19 tasks are missing (multirc)" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", " is empty: evaluate multirc again"),
+        ('{"doc": {"idx": {"par', " is damaged (Unterminated string"),
+        ('{"doc": {}}', " is damaged ('idx'): evaluate multirc again"),
+    ],
+)
+def test_samples_that_cannot_be_read(tmp_path, capsys, content, said):
+    folder = evaluation(tmp_path / "a")
+    samples = next(folder.rglob("samples_*"))
+    samples.write_text(content)
+    assert compare_runs.main(["--eval", f"a={folder}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--eval {samples}{said}" in line
+
+
 def test_tasks_evaluated_one_by_one_and_again(tmp_path, capsys):
     folder = evaluation(tmp_path / "a", day=1, without=["wsc"], piqa=0.1)
     evaluation(tmp_path / "a", day=2, only=["wsc", "piqa"], piqa=0.6)
@@ -155,6 +192,8 @@ def test_beside_training_runs_and_as_files(tmp_path, capsys):
     assert "| LayerTokens |" in printed
     assert "iso-data" in printed
     assert "| average of 19 " in printed
+    assert "| published average of 19 | 0 examples |" in printed
+    assert "| dense 300B              |       42.5 |" in printed
     result = json.loads(path.read_text())
     assert [row["run"] for row in result["runs"]] == ["dense", "again"]
     model = result["evaluation"]["models"]["dense"]

@@ -39,6 +39,9 @@ output=${2:-$model/eval-${fewshot}shot}
   fail "$model holds no config.json; tools/export_hf.py makes such a folder of a checkpoint"
 [ -f "$model/tokenizer.json" ] || [ -f "$model/tokenizer_config.json" ] ||
   fail "$model holds no tokenizer; export it again with --tokenizer, or --vocab-file and --merge-file"
+# lm_eval's options are split at commas, and a bare name may read as a number.
+absolute=$(CDPATH='' cd -- "$model" && pwd)
+case $absolute in *,*) fail "$absolute has a comma in it, where lm_eval splits; rename it" ;; esac
 case $fewshot in *[!0-9]*) fail "FEWSHOT=$fewshot is not a number" ;; esac
 case ${LIMIT:-1} in *[!0-9]* | 0) fail "LIMIT=$LIMIT is not a number of questions" ;; esac
 [ -z "${INCLUDE_PATH:-}" ] || [ -d "$INCLUDE_PATH" ] || fail "INCLUDE_PATH: no folder $INCLUDE_PATH"
@@ -54,7 +57,7 @@ batch=auto
 if [ "$device" = cpu ]; then batch=8; fi
 
 command=("$PYTHON" -W ignore -m lm_eval run --model hf
-  --model_args "pretrained=$model,dtype=${DTYPE:-float32}"
+  --model_args "pretrained=$absolute,dtype=${DTYPE:-float32}"
   --tasks "$tasks" --num_fewshot "$fewshot"
   --device "$device" --batch_size "${BATCH_SIZE:-$batch}"
   --output_path "$output" --log_samples)

@@ -128,6 +128,9 @@ def whole_questions(results: Path) -> Score | None:
 
     Args:
         results: Of an evaluation; its samples lie beside it (--log_samples).
+
+    Raises:
+        LogError: The samples are empty or damaged.
     """
     samples = results.with_name(
         re.sub(r"^results_(.*)\.json$", r"samples_multirc_\1.jsonl", results.name)
@@ -135,12 +138,17 @@ def whole_questions(results: Path) -> Score | None:
     if not samples.is_file():
         return None
     judged = defaultdict(list)
-    for line in samples.read_text().splitlines():
-        sample = json.loads(line)
-        index = sample["doc"]["idx"]
-        (yes, _), (no, _) = sample["filtered_resps"]
-        is_right = (float(yes) > float(no)) == (sample["doc"]["label"] == 1)
-        judged[index["paragraph"], index["question"]].append(is_right)
+    try:
+        for line in samples.read_text().splitlines():
+            sample = json.loads(line)
+            index = sample["doc"]["idx"]
+            (yes, _), (no, _) = sample["filtered_resps"]
+            is_right = (float(yes) > float(no)) == (sample["doc"]["label"] == 1)
+            judged[index["paragraph"], index["question"]].append(is_right)
+    except (ValueError, KeyError, TypeError) as problem:
+        raise LogError(f"--eval {samples} is damaged ({problem}): evaluate multirc again") from None
+    if not judged:
+        raise LogError(f"--eval {samples} is empty: evaluate multirc again")
     share, count = sum(map(all, judged.values())) / len(judged), len(judged)
     error = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
     return 100 * share, None if error is None else 100 * error
@@ -183,7 +191,7 @@ def shots_of(evaluations: dict[str, dict[str, Any]]) -> set[int]:
 
 
 def table(evaluations: dict[str, dict[str, Any]], markdown: bool = False) -> str:
-    """Return the scores of all tasks and their average, a column for each model."""
+    """Return all scores and their average, a column for each model, and the published averages."""
     metrics: dict[str, str] = {}
     for evaluation in evaluations.values():
         metrics |= evaluation["metrics"]
@@ -193,7 +201,20 @@ def table(evaluations: dict[str, dict[str, Any]], markdown: bool = False) -> str
     lines += [_line(task, metrics[task], evaluations) for task in own]
     lines.append([AVERAGE, "", *(_cell(average(e)) for e in evaluations.values())])
     lines += [_line(task, metrics[task], evaluations) for task in others]
-    return aligned(lines, markdown)
+    published = _published(sorted(shots_of(evaluations) & {*PUBLISHED}))
+    return "\n\n".join(aligned(rows, markdown) for rows in (lines, published) if rows)
+
+
+def _published(shots: list[int]) -> list[list[str]]:
+    """Return the lines of a table of the published averages, a column for each of `shots`."""
+    if not shots:
+        return []
+    lines = [[f"published {AVERAGE}", *(f"{count} examples" for count in shots)]]
+    for run in PUBLISHED[0]:
+        averages = [PUBLISHED[count].get(run) for count in shots]
+        if any(averages):
+            lines.append([run, *("-" if a is None else f"{a:.1f}" for a in averages)])
+    return lines
 
 
 def _line(task: str, metric: str, evaluations: dict[str, dict[str, Any]]) -> list[str]:
@@ -225,16 +246,12 @@ def notes(evaluations: dict[str, dict[str, Any]]) -> list[str]:
             f"models or tasks had different numbers of examples ({', '.join(map(str, shots))}): "
             "compare none of them"
         )
-    for count in shots:
-        published = [f"{run} {value}" for run, value in PUBLISHED.get(count, {}).items()]
-        lines.append(
-            f"published averages, {count} examples, lm_eval 0.2.0: "
-            f"{', '.join(published) or 'none, there are those of 0 and of 10'}"
-        )
+    if not {*shots} <= {*PUBLISHED}:
+        lines.append("averages were published of 0 and of 10 examples, and of no other number")
     if shots:
         lines.append(
-            "prompts of lm_eval 0.4 differ from 0.2.0's, and triviaqa's answers are generated: "
-            "compare differences between models, not averages"
+            "published with lm_eval 0.2.0: prompts of 0.4 differ, and triviaqa's answers are "
+            "generated: compare differences between models, not averages"
         )
     return lines
 
