@@ -171,8 +171,9 @@ def test_the_command_follows_the_variables(model, tmp_path):
     assert f"pretrained={model}\\,dtype=float32" in plain
     # A bare 300 would be a number to lm_eval.
     (tmp_path / "300").symlink_to(model)
-    bare = command(os.path.relpath(tmp_path / "300", ROOT), DEVICE="cpu")
-    assert f"pretrained={tmp_path}/300\\,dtype=float32" in bare
+    status, said = evaluate(os.path.relpath(tmp_path / "300", ROOT), DEVICE="cpu", DRY_RUN="1")
+    assert status == 0, said
+    assert f"pretrained={tmp_path}/300\\,dtype=float32" in said
     assert "--num_fewshot 0 " in plain
     assert "--device cpu --batch_size 8 " in plain
     assert f"--output_path {model}/eval-0shot --log_samples" in plain
