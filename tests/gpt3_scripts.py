@@ -50,6 +50,10 @@ at=$(cat "$tracker" 2>/dev/null || echo 0)
 [ "$at" -ge 6 ] || at=$((at + 2))
 echo " [now] iteration $at/  6 | lm loss: 1.0E+00 |"
 echo "$at" >"$tracker"
+if [ "$STUB" = late ] && [ -z "$SLURM_RESTART_COUNT" ]; then
+  sleep 3  # as while Megatron is imported: deaf
+  STUB=waits
+fi
 if [ "$STUB" = waits ] && [ -z "$SLURM_RESTART_COUNT" ]; then
   exec env --default-signal=USR2 bash -c "trap 'exit 0' USR2; while :; do sleep 0.1; done"
 fi

@@ -254,6 +254,22 @@ FEW = {"PROCESSES": "8", **DATA}
             "GLOBAL_BATCH_SIZE=16 does not divide by MICRO_BATCH_SIZE=1 times 3 data-para",
         ),
         ("ltd_300b", DATA, "there is no GPU here: sbatch this script, set PROCESSES, or use SCALE"),
+        ("ltd_300b", {"SCALE": "smoke", "SP": "false"}, "SP=false is not 0 or 1"),
+        (
+            "ltd_300b",
+            {"SCALE": "smoke", "TOKENS": "1000000"},
+            "TOKENS=1000000, RAMP_ITERS=200000: of",
+        ),
+        (
+            "ltd_300b",
+            {"SCALE": "smoke", "EXTRA_ARGS": "--lr 1 --load=x"},
+            "EXTRA_ARGS has --load, with which a requeued job would not go on",
+        ),
+        (
+            "ltd_300b",
+            {"SCALE": "smoke", "START_FROM": "no"},
+            "START_FROM=no is no folder of checkpoints",
+        ),
         ("ltd_300b", {"SCALE": "tiny"}, "SCALE=tiny is not full or smoke"),
         ("ltd_300b", {"SCALE": "smoke", "TP": "two"}, "TP=two is not a whole number above 0"),
         (
@@ -279,7 +295,8 @@ def test_what_cannot_run_is_an_error_before_anything_starts(tmp_path, name, sett
     assert not run.exists()
     if "is missing" not in message and "cannot be" not in message:
         # Nor is there a command to print.
-        assert bash(name, DRY_RUN="1", **settings)[0] == (0 if "no GPU" in message else 2)
+        is_plan = any(part in message for part in ("no GPU", "is not set", "is no folder"))
+        assert bash(name, DRY_RUN="1", **settings)[0] == (0 if is_plan else 2)
 
 
 def test_options_are_an_error(tmp_path):
@@ -400,3 +417,29 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, name, whole_group, 
         kept = [values["random-ltd kept tokens"] for values in (first | second).values()]
         assert kept == sorted(kept)
         assert (kept[0], kept[-1]) == (16, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes"), [("dense_150b", 1), ("ltd_300b_constant", 1), ("ltd_300b_pp2", 2)]
+)
+def test_other_experiments_train(tmp_path, name, processes):
+    run = tmp_path / "run"
+    settings = {**TINY, "TOKENS": "90000000000", "PROCESSES": str(processes)}
+    status, output, said = bash(name, RUN_DIR=run, **settings)
+    assert status == 0, output + said
+    (steps,) = starts(run)
+    assert list(steps) == list(range(1, max(steps) + 1))
+    assert f"finished: iteration {max(steps)} of {max(steps)}" in output
+    assert ("random-ltd kept tokens" in steps[1]) == name.startswith("ltd")
+
+
+def test_weights_to_start_from_are_taken_once(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    settings = {**TINY, "TOKENS": "60000000000", "PROCESSES": "1"}
+    assert bash("dense_300b", RUN_DIR=first, **settings)[0] == 0
+    settings |= {"START_FROM": str(first / "checkpoints")}
+    status, output, said = bash("dense_300b", RUN_DIR=second, **settings)
+    assert status == 0, output + said
+    (fresh,), (tuned,) = starts(first), starts(second)
+    assert list(fresh) == list(tuned)
+    assert tuned[1]["lm loss"] < fresh[1]["lm loss"]

@@ -221,6 +221,36 @@ def test_a_damaged_file_costs_only_itself(raw, prepared, tmp_path):
     assert files_of(output) == files_of(prepared[0])
 
 
+def test_spaces_bad_files_and_what_was_removed(raw, tokenizer, tmp_path):
+    source, output = tmp_path / "my raw", tmp_path / "my data"
+    (source / "in").mkdir(parents=True)
+    (source / "in/a b.jsonl").write_bytes(lines(SOURCES[:3]))
+    (source / "in/c.jsonl").write_bytes(b"{bad\n" * 3)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy2(raw / name, source / name)
+    done = prepare(source, output)
+    assert done.returncode == 0, done.stderr
+    assert "3 documents" in done.stdout and "3 bad lines skipped" in done.stdout
+    whole = files_of(output)
+    # A file system that is purged.
+    (output / "shards/a b.jsonl_text_document.bin").unlink()
+    (output / "text_document.bin").unlink()
+    done = prepare(source, output)
+    assert done.returncode == 0, done.stderr
+    assert "1/2 a b.jsonl" in done.stderr and "c.jsonl" not in done.stderr
+    assert files_of(output) == whole
+    (source / "vocab.json").write_text("{}")
+    done = prepare(source, output)
+    assert done.returncode == 1
+    assert "was made of other files than VOCAB_FILE and MERGE_FILE" in done.stderr
+    (source / "in/a b.jsonl").unlink()
+    shutil.copy2(raw / "vocab.json", source / "vocab.json")
+    done = prepare(source, output)
+    assert done.returncode == 1
+    assert "has a line with text under 'text'" in done.stderr
+    assert files_of(output) == whole
+
+
 def test_a_damaged_shard_is_not_joined(raw, prepared, tmp_path):
     output = tmp_path / "data"
     shutil.copytree(prepared[0], output)

@@ -63,7 +63,8 @@ def check_sums(prefix: str) -> None:
     if not os.path.exists(sums):
         return
     with open(sums, encoding="utf-8") as file:
-        expected = {name: digest for digest, name in (line.split() for line in file)}
+        lines = (line.rstrip("\n").partition("  ") for line in file)
+        expected = {name: digest for digest, _, name in lines}
     for path in (prefix + ".bin", prefix + ".idx"):
         if sha256(path) != expected.get(os.path.basename(path)):
             raise InputError(

@@ -8,4 +8,5 @@ set -euo pipefail
 
 # shellcheck source=tools/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../tools/environment.sh"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as the results here were made
 exec "$PYTHON" "$root/benchmarks/convergence/study.py" "$@"

@@ -15,11 +15,17 @@
 #
 # A job requeues itself only if its processes ended with status 0, the run is not finished and its
 # newest checkpoint is newer than the one it began with. So what fails, or gets nowhere, stays down.
-# shellcheck disable=SC2153,SC2154  # pretrain.sh has set them
+# shellcheck disable=SC2031,SC2153,SC2154  # pretrain.sh has set them
+
+: "${NAME:?this file is sourced by pretrain.sh: run one of the scripts beside it}"
 
 in_slurm=
-# Inside of a step, as under srun --pty bash, this is a machine like any other.
-if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then in_slurm=1; fi
+# Inside of a step, as under srun --pty bash, this is a machine like any other. But a job that was
+# submitted from there inherits the step's variables; what sbatch runs has this name.
+if [ -n "${SLURM_JOB_ID:-}" ] && [[ -z ${SLURM_STEP_ID:-} || ${0##*/} = slurm_script ]]; then
+  in_slurm=1
+  unset "${!SLURM_STEP@}"
+fi
 
 # Print the number of GPUs here.
 count_gpus() {
@@ -75,7 +81,7 @@ minutes_left() {
 }
 if [ -n "$in_slurm" ] && [ -z "${EXIT_MINUTES:-}" ] && [ -z "$DRY_RUN" ]; then
   left=$(minutes_left)
-  if ((${left:-0} > 5)); then EXIT_MINUTES=$((left - 5)); fi
+  if [ -n "$left" ]; then EXIT_MINUTES=$((left > 5 ? left - 5 : left > 2 ? left - 1 : 1)); fi
 fi
 [ -z "${EXIT_MINUTES:-}" ] || SAVE_ARGS+=(--exit-duration-in-mins "$EXIT_MINUTES")
 
@@ -85,20 +91,36 @@ COMMAND=(
   "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${RANDOM_LTD_ARGS[@]}" "${PARALLEL_ARGS[@]}"
   "${DATA_ARGS[@]}" "${SAVE_ARGS[@]}" "${LOGGING_ARGS[@]}" "${extra_args[@]}"
 )
-# What SLURM says of a process, in the words of torch.distributed. Before Megatron is ready for a
-# signal there is nothing to save, and it has no effect.
+# What SLURM says of a process, in the words of torch.distributed. The signal is passed on when
+# Megatron is ready for it (as the kernel says: it catches signal 12), and once: a second one would
+# end a Python that is exiting.
 # shellcheck disable=SC2016
 AS_RANK='trap "" TERM INT USR2
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 "$@" &
-trap "kill -USR2 $!" TERM
-while kill -0 $! 2>/dev/null; do wait $!; done  # a signal interrupts it
-wait $!'
+rank=$!
+pass_on() {
+  local caught
+  trap "" TERM
+  while caught=$(sed -n "s/^SigCgt:[[:space:]]*/0x/p" "/proc/$rank/status"); do
+    if ((caught >> 11 & 1)); then kill -USR2 $rank; return; fi
+    sleep 0.5
+  done 2>/dev/null
+}
+trap "pass_on &" TERM
+while kill -0 $rank 2>/dev/null; do wait $rank; done  # a signal interrupts it
+wait $rank'
 read -ra launcher <<<"${LAUNCHER:-}"
 RANK_COMMAND=("${launcher[@]}" bash -c "$AS_RANK" rank "${COMMAND[@]}")
 SRUN=(srun --kill-on-bad-exit=1 --distribution=block --ntasks="$world")
-[ -z "${CONTAINER:-}" ] || SRUN+=(--container-image="$CONTAINER")
-[ -z "${CONTAINER_MOUNTS:-}" ] || SRUN+=(--container-mounts="$CONTAINER_MOUNTS")
+if [ -n "${CONTAINER:-}" ]; then
+  # Where this is run, what it reads and what it writes, under the same names.
+  folders=("$PWD" "$root" "$RUN_DIR" "${DATA_CACHE:-$RUN_DIR}")
+  for file in "${files[@]}"; do [ -z "$file" ] || folders+=("$(realpath -m "$(dirname "$file")")"); done
+  mounts=$(printf '%s\n' "${folders[@]}" | sort -u | sed 's|.*|&:&|' | paste -sd ,)
+  SRUN+=(--container-image="$CONTAINER" --container-mounts="${CONTAINER_MOUNTS:-$mounts}")
+  SRUN+=(--container-workdir="$PWD")
+fi
 
 if [ -n "$DRY_RUN" ]; then
   say "$world processes on $nodes nodes; in SLURM ${SRUN[*]}${LAUNCHER:+; each $LAUNCHER}" >&2
@@ -124,10 +146,14 @@ end() { # STATUS MESSAGE...
   exit "$1"
 }
 
-saved_iteration() { cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
+saved_iteration() {
+  grep -Ex '[0-9]+' "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0
+}
 # Of Megatron's log lines; a run that is measured in LayerTokens knows only then how long it is.
-last_iteration() {
-  sed -n 's|.* iteration *[0-9]*/ *\([0-9]*\) .*|\1|p' "$RUN_DIR/log.txt" | tail -n 1
+# Another start may have been told another length; only where nothing was left to do is it asked.
+last_iteration() { # ANY_START
+  sed -n "s|^$NAME: .* start [0-9]* .*|start|p; s|.* iteration *[0-9]*/ *\([0-9]*\) .*|\1|p" \
+    "$RUN_DIR/log.txt" | awk -v any="$1" '/start/ { if (!any) last = ""; next } { last = $1 } END { print last }'
 }
 
 asked_to_end=
@@ -189,8 +215,11 @@ say "$(date '+%F %T') start ${SLURM_RESTART_COUNT:-0}${in_slurm:+ of job $SLURM_
   "$world processes on $nodes nodes, $RUN_DIR"
 if [ -n "$in_slurm" ]; then train_on_nodes || status=$?; else train_here || status=$?; fi
 
-reached=$(saved_iteration) last=$(last_iteration)
+reached=$(saved_iteration)
+last=$(last_iteration $((reached == began)))
 [ -z "$in_slurm" ] || [ -z "$asked_to_end" ] || end 143 "ended by SLURM; checkpoint of iteration $reached"
+[ "$status" -eq 0 ] || [ -z "$asked_to_end" ] ||
+  end 130 "stopped before it could save; the same command continues from iteration $reached"
 [ "$status" -eq 0 ] ||
   end 1 "training failed (status $status), see above; not requeued. The same command continues from iteration $reached"
 [ "$reached" -lt "${last:-$((reached + 1))}" ] || end 0 "finished: iteration $reached of $last"

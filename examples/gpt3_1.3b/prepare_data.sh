@@ -29,7 +29,7 @@ set -euo pipefail
 # sbatch runs a copy of this file from elsewhere; Slurm knows where the original lies.
 script=${BASH_SOURCE[0]}
 if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$(dirname "$script")/../../tools/environment.sh" ]; then
-  script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1)
+  script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\.sh\).*|\1|p' | head -n 1)
 fi
 # shellcheck source=tools/environment.sh
 source "$(dirname "$script")/../../tools/environment.sh"
@@ -47,7 +47,7 @@ mapfile -d '' files < <(cd "$INPUT" &&
 
 # One at a time makes the tokenizer; the others wait for it.
 exec {lock}>"$OUTPUT/.lock"
-flock "$lock"
+flock "$lock" 2>/dev/null || say "no locks on this file system: start one task before the others"
 if [ -n "${TOKENIZER:-}" ]; then
   [ -d "$TOKENIZER" ] || give_up "TOKENIZER=$TOKENIZER is no folder"
 elif [ ! -d "$tokenizer" ]; then
@@ -56,13 +56,17 @@ elif [ ! -d "$tokenizer" ]; then
   fi
   "$PYTHON" "$root/tools/gpt2_tokenizer.py" \
     --vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE" --output "$tokenizer"
+elif ! { [ -z "${VOCAB_FILE:-}" ] || cmp -s "$VOCAB_FILE" "$tokenizer/vocab.json"; } ||
+  ! { [ -z "${MERGE_FILE:-}" ] || cmp -s "$MERGE_FILE" "$tokenizer/merges.txt"; }; then
+  give_up "$tokenizer was made of other files than VOCAB_FILE and MERGE_FILE;" \
+    "choose another OUTPUT or remove it"
 fi
 # Shards of two settings must not meet in one data set.
 settings="key=$key tokenizer=$(cd "$tokenizer" && sha256sum tokenizer.json | cut -c 1-64)"
 if [ ! -s "$shards/settings" ]; then printf '%s\n' "$settings" >"$shards/settings"; fi
 [ "$(cat "$shards/settings")" = "$settings" ] ||
   give_up "$shards was made with another tokenizer or JSON_KEY; choose another OUTPUT or remove it"
-flock --unlock "$lock"
+flock --unlock "$lock" 2>/dev/null || true
 
 # Of 30 files task 2 of 8 makes 2, 10, 18 and 26.
 task=${SLURM_ARRAY_TASK_ID:-0} lowest=${SLURM_ARRAY_TASK_MIN:-0} every=${SLURM_ARRAY_TASK_COUNT:-1}
@@ -70,15 +74,20 @@ step=${SLURM_ARRAY_TASK_STEP:-1}
 [ $((lowest + (every - 1) * step)) -eq "${SLURM_ARRAY_TASK_MAX:-0}" ] ||
   give_up "tasks share the files evenly, so number them without gaps: --array=0-$((every - 1))"
 first=$(((task - lowest) / step))
-failed=0 prefixes=()
+failed=0 made=0 prefixes=()
 for ((i = first; i < ${#files[@]}; i += every)); do
   file=${files[i]}
   shard=$shards/${file//\//__}
   prefix=${shard}_${key}_document
-  prefixes+=("$prefix")
   source="$(stat -c 'size %s time %Y' "$INPUT/$file")"
-  if [ -f "$prefix.sha256" ] && [ "$(cat "$shard.source" 2>/dev/null)" = "$source" ]; then continue; fi
-  rm -f "$shard.source" "$prefix.sha256"
+  if [ "$(cat "$shard.source" 2>/dev/null)" = "$source" ]; then
+    if [ -f "$shard.empty" ]; then continue; fi
+    if [ -f "$prefix.sha256" ] && [ -s "$prefix.bin" ] && [ -s "$prefix.idx" ]; then
+      prefixes+=("$prefix")
+      continue
+    fi
+  fi
+  rm -f "$shard.source" "$shard.empty" "$prefix.sha256"
   say "$((i + 1))/${#files[@]} $file"
   status=0
   "$PYTHON" "$root/tools/preprocess_data.py" --input "$INPUT/$file" \
@@ -88,30 +97,39 @@ for ((i = first; i < ${#files[@]}; i += every)); do
     --output-prefix "$shard" >"$shard.log" 2>&1 || status=$?
   if [ "$status" -ge 128 ]; then exit "$status"; fi  # stopped; the same command goes on
   grep -E ' bad documents skipped$|^[^ ]* error: ' "$shard.log" | sed "s|^|$file: |" >&2 || true
-  if [ "$status" -ne 0 ]; then
+  if [ "$status" -ne 0 ] && grep -qE ' error: .* none of [0-9]+ documents has text' "$shard.log"; then
+    touch "$shard.empty" # bad lines only: counted, and nothing to join
+    printf '%s\n' "$source" >"$shard.source"
+    continue
+  elif [ "$status" -ne 0 ]; then
     failed=$((failed + 1))
     continue
   fi
   (cd "$shards" && sha256sum "${prefix##*/}".{bin,idx}) >"$prefix.sha256.tmp"
   mv "$prefix.sha256.tmp" "$prefix.sha256"
   printf '%s\n' "$source" >"$shard.source"
+  prefixes+=("$prefix") made=$((made + 1))
 done
-[ "$failed" -eq 0 ] || give_up "$failed of ${#prefixes[@]} files failed, see above and $shards/*.log." \
+[ ${#prefixes[@]} -gt 0 ] || [ "$failed" -gt 0 ] || [ "$every" -gt 1 ] ||
+  give_up "no file in INPUT=$INPUT has a line with text under '$key'; see $shards/*.log"
+[ "$failed" -eq 0 ] || give_up "$failed of ${#files[@]} files failed, see above and $shards/*.log." \
   "Correct or remove them; the same command goes on"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  say "${#prefixes[@]} shards made; without --array the same command joins those of all tasks"
+  say "$made shards made; without --array the same command joins those of all tasks"
   exit
 fi
 
 # Joining copies everything, so not without need.
 merged=$OUTPUT/text_document
-if [ ! -f "$merged.sha256" ] || ! cat "${prefixes[@]/%/.sha256}" | cmp -s - "$merged.parts"; then
+if [ ! -f "$merged.sha256" ] || [ ! -s "$merged.bin" ] || [ ! -s "$merged.idx" ] ||
+  ! cat "${prefixes[@]/%/.sha256}" | cmp -s - "$merged.parts"; then
   rm -f "$merged.parts"
   "$PYTHON" "$root/tools/merge_datasets.py" \
     --input "${prefixes[@]/%/.idx}" --output-prefix "$merged"
   cat "${prefixes[@]/%/.sha256}" >"$merged.parts"
 fi
-cat "${prefixes[@]/%_"${key}"_document/.log}" |
+for file in "${files[@]}"; do cat "$shards/${file//\//__}.log"; done |
   awk '/ bad documents skipped$/ { gsub(",", "", $1); bad += $1 }
+    / bad ones skipped\)/ { match($0, /\([0-9]+ bad/); bad += substr($0, RSTART + 1) }
     END { if (bad) print bad " bad lines skipped, named in shards/*.log" }'
 say "train with DATA_PATH=$merged TOKENIZER=$tokenizer"

@@ -5,7 +5,7 @@
 #   sbatch SCRIPT                  on a cluster; it resumes, and requeues itself, until it is finished
 #   bash SCRIPT                    on this machine and all its GPUs; Ctrl-C saves, again continues
 #   SCALE=smoke bash SCRIPT        the same in small, with made-up data: a minute, no GPU needed
-#   DRY_RUN=1 bash SCRIPT          prints the command that each process runs, looks for no file
+#   DRY_RUN=1 bash SCRIPT          prints the command that each process runs; data need not be set
 #
 # Settings, from the environment. What a cluster needs of its own goes to sbatch, as options or as
 # SBATCH_* variables: --partition, --account, --nodes, --time and so on; they win over the header.
@@ -21,13 +21,15 @@
 #   PYTHON             has Megatron installed (default: what tools/environment.sh finds or sets up)
 #   PRETRAIN_GPT       Megatron-LM's pretrain_gpt.py (default: this package's pretrain_gpt)
 #   EXTRA_ARGS         more flags, split at spaces; they win: EXTRA_ARGS="--fp8-format hybrid"
-#   CONTAINER          image for pyxis: CONTAINER=/images/pytorch.sqsh sbatch SCRIPT; the folders that
-#   CONTAINER_MOUNTS   it sees, as in "/data,/home" (the repository and RUN_DIR)
+#   START_FROM         a checkpoint whose weights the first start takes, of tools/import_hf.py say
+#   CONTAINER          image for pyxis: CONTAINER=/images/pytorch.sqsh sbatch SCRIPT
+#   CONTAINER_MOUNTS   what it sees, as in "/data:/data,/home:/home" (the working folder, the
+#                      repository, RUN_DIR and the folders of DATA_PATH and TOKENIZER)
 #   LAUNCHER           goes before each process: LAUNCHER="apptainer exec --nv image.sif" sbatch SCRIPT
 #   PROCESSES          without SLURM: how many (one for each GPU)
 #   MASTER_ADDR, MASTER_PORT  where rank 0 listens (the first node's address in SLURM, a free port)
-#   EXIT_MINUTES       save and stop after so many (SLURM: 5 minutes before the time limit, should
-#                      the header's --signal=TERM@600 not have done it)
+#   EXIT_MINUTES       save and stop after so many (SLURM: 5 minutes before the time limit, 1 before
+#                      a short one, should the header's --signal=TERM@600 not have done it)
 # The model on the machine
 #   TP, PP, CP         tensor, pipeline and context parallel sizes (1)
 #   SP                 1: sequence parallelism
@@ -38,7 +40,8 @@
 #   PRECISION          bf16, fp16 or fp32
 # The experiment
 #   METHOD             dense, ltd, or constant: drop without growth, the ablation
-#   TOKENS             of a dense run; LayerTokens per layer of another, the paper's measure
+#   TOKENS             of a dense run; LayerTokens per layer of another, the paper's measure. At full
+#                      size, as RAMP_ITERS and MIN_TOKENS: SCALE=smoke takes a share of what they say
 #   LR, RAMP_ITERS     peak learning rate; iterations until nothing is dropped
 #   LAYER_TOKEN_LR     1: the learning rate follows LayerTokens; 0: samples
 #   MIN_TOKENS         kept at first, or throughout (128)
@@ -47,21 +50,25 @@
 #   DROPOUT            0.1: the published launch scripts set none, which is Megatron's default
 #   SEED               1234
 
-give_up() { printf '%s: %s\n' "$NAME" "$*" >&2; exit "${2:-2}"; }
+: "${script:?this file is sourced: run one of the scripts beside it}"
+give_up() { printf '%s: %s\n' "$NAME" "$*" >&2; exit 2; }
 say() { printf '%s: %s\n' "$NAME" "$*"; }
 problems=()
 problem() { problems+=("$*"); }
 
-NAME=$(basename "${script:?is set by the scripts beside this one}" .sh)
+NAME=$(basename "$script" .sh)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 [ $# -eq 0 ] || problem "there are no options ($1): settings are variables, as in EXTRA_ARGS='$1'"
 
-SCALE=${SCALE:-full} DRY_RUN=${DRY_RUN:-} EXTRA_ARGS=${EXTRA_ARGS:-}
+SCALE=${SCALE:-full} DRY_RUN=${DRY_RUN#0} EXTRA_ARGS=${EXTRA_ARGS:-}
 METHOD=${METHOD:-ltd} LAYER_TOKEN_LR=${LAYER_TOKEN_LR:-1} MIN_TOKENS=${MIN_TOKENS:-128}
 STRATA=${STRATA:-16} SEED=${SEED:-1234}
 TP=${TP:-1} PP=${PP:-1} CP=${CP:-1} SP=${SP:-0} RAMP_ITERS=${RAMP_ITERS:-200000}
 warmup_tokens=3000000000
 
+for name in SP LAYER_TOKEN_LR; do
+  [[ ${!name} =~ ^[01]$ ]] || give_up "$name=${!name} is not 0 or 1"
+done
 # Before anything is calculated with them.
 for name in TOKENS RAMP_ITERS MIN_TOKENS TP PP CP GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE \
   SAVE_INTERVAL RETAIN_INTERVAL PROCESSES EXIT_MINUTES; do
@@ -88,12 +95,16 @@ case $SCALE in
     RUN_DIR=${RUN_DIR:-$root/runs/gpt3_1.3b/$NAME-smoke}
     log_interval=1 eval_interval=10 eval_iters=1
     shrink=$((20000 * 512))
+    given="TOKENS=$TOKENS, RAMP_ITERS=$RAMP_ITERS"
     TOKENS=$((TOKENS / shrink)) warmup_tokens=$((warmup_tokens / shrink))
     RAMP_ITERS=$((RAMP_ITERS / 20000))
+    ((TOKENS >= GLOBAL_BATCH_SIZE * seq && RAMP_ITERS > 0)) ||
+      give_up "$given: of these SCALE=smoke takes 1/$shrink and 1/20000, which is too few; give those of the full size"
     MIN_TOKENS=$(((MIN_TOKENS * seq / 2048 + 15) / 16 * 16))
     ;;
   *) give_up "SCALE=$SCALE is not full or smoke" ;;
 esac
+RUN_DIR=$(realpath -m "$RUN_DIR") # the same from wherever it is continued
 samples_of() { printf '%s' $((($1 + seq - 1) / seq)); }
 
 MODEL_ARGS=(
@@ -140,9 +151,11 @@ DATA_ARGS=(
   --num-workers 0
   --split "949,50,1" --data-cache-path "${DATA_CACHE:-$RUN_DIR/cache}" --no-create-attention-mask-in-dataloader
 )
+files=()
 if [ "$SCALE" = smoke ]; then
   DATA_ARGS+=(--mock-data --tokenizer-type NullTokenizer --vocab-size 8191)
 else
+  if [ -n "$DRY_RUN" ]; then DATA_PATH=${DATA_PATH:-DATA_PATH} TOKENIZER=${TOKENIZER:-TOKENIZER}; fi
   for name in DATA_PATH TOKENIZER; do
     [ -n "${!name:-}" ] || problem "$name is not set: see the top of ${BASH_SOURCE[0]}, or use SCALE=smoke"
   done
@@ -172,6 +185,14 @@ SAVE_ARGS=(
   --dist-ckpt-optim-fully-reshardable
   --exit-signal-handler --exit-signal SIGUSR2 # see launch.sh
 )
+if [[ " $EXTRA_ARGS " =~ \ (--load|--save|--finetune|--pretrained-checkpoint)[\ =] ]]; then
+  problem "EXTRA_ARGS has ${BASH_REMATCH[1]}, with which a requeued job would not go on where it was: set RUN_DIR, or START_FROM for weights to begin with"
+fi
+if [ -n "${START_FROM:-}" ]; then
+  files+=("$START_FROM/latest_checkpointed_iteration.txt")
+  [ -n "$DRY_RUN" ] || [ -s "${files[-1]}" ] || problem "START_FROM=$START_FROM is no folder of checkpoints"
+  SAVE_ARGS+=(--pretrained-checkpoint "$START_FROM") # only as long as RUN_DIR has none
+fi
 LOGGING_ARGS=(
   --log-interval "$log_interval" --eval-interval "$eval_interval" --eval-iters "$eval_iters"
   --tensorboard-dir "$RUN_DIR/tensorboard" --log-throughput --log-timers-to-tensorboard

@@ -325,12 +325,35 @@ def test_jobs_that_cannot_run_fail_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_signal_that_comes_too_early_is_told_again(slurm, tmp_path):
+    number = stubbed(slurm, tmp_path, STUB="late")
+    reach(slurm, number, tmp_path / "run", 2)
+    stop_steps(slurm, number)
+    state, output = ended(slurm, number, tmp_path)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), output
+
+
+def test_a_job_that_a_job_submits_is_one_like_any_other(slurm, tmp_path):
+    settings = {"SCALE": "smoke", "PYTHON": stub_in(tmp_path), "RUN_DIR": tmp_path / "run"}
+    options = ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--time=20")
+    submitted = ("sbatch", "--parsable", *options, FOLDER / "ltd_300b.sh")
+    number = command(slurm, "srun", "--ntasks=1", *submitted, cwd=tmp_path, **settings).strip()
+    state, output = ended(slurm, number, tmp_path)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), output
+    assert "2 processes on 2 nodes" in output
+
+
 def test_a_container_is_handed_to_srun(slurm, tmp_path):
     settings = {"DRY_RUN": "1", "CONTAINER": "a.sqsh", "CONTAINER_MOUNTS": "/data,/home"}
     state, output = ended(slurm, stubbed(slurm, tmp_path, **settings), tmp_path)
     assert state["JobState"] == "COMPLETED", output
     assert "ltd_300b: 2 processes on 2 nodes; in SLURM srun --kill-on-bad-exit=1 " in output
     assert "--container-image=a.sqsh --container-mounts=/data,/home" in output
+    del settings["CONTAINER_MOUNTS"]
+    _, output = ended(slurm, stubbed(slurm, tmp_path, **settings), tmp_path)
+    for folder in (tmp_path, ROOT, tmp_path / "run"):
+        assert re.search(rf"--container-mounts=(\S*,)?{folder}:{folder}[, ]", output)
+    assert f"--container-workdir={tmp_path}" in output
 
 
 def test_data_is_prepared_by_an_array_of_jobs_and_joined(slurm, tmp_path):
