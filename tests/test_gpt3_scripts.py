@@ -146,11 +146,7 @@ def test_dry_run_prints_the_recipe(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_megatron_takes_the_flags_for_the_experiment(name, monkeypatch):
-    for variable in SETTINGS:
-        monkeypatch.delenv(variable, raising=False)
-    for variable, value in DATA.items():
-        monkeypatch.setenv(variable, value)
+def test_megatron_takes_the_flags_for_the_experiment(name):
     line = f"--gpus 64 --json --from {FOLDER / name}.sh -- --vocab-size 50257"
     status, output = plan(line)
     assert status == 0, output
@@ -308,7 +304,7 @@ def test_options_are_an_error(tmp_path):
 def test_all_problems_are_said_at_once():
     status, _, said = bash("ltd_300b_tp2", PROCESSES="5", GLOBAL_BATCH_SIZE="512")
     assert status == 2
-    assert said.count("\n") == said.count("ltd_300b_tp2: ") == 4
+    assert said.count("\n") == said.count("ltd_300b_tp2: ") == 3
 
 
 def processes_with(path) -> list[str]:

@@ -68,7 +68,12 @@ def convert(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[str]]
     multiple = options.make_vocab_size_divisible_by
     rows = -(-config.vocab_size // multiple) * multiple
     flags = hf_config.flags_of(config)
-    flags += ["--seq-length", str(options.seq_length or config.max_position_embeddings)]
+    positions = config.max_position_embeddings
+    if (options.seq_length or 0) > positions:
+        raise hf_weights.ConversionError(
+            f"--seq-length {options.seq_length}: this model has {positions} positions; give no more"
+        )
+    flags += ["--seq-length", str(options.seq_length or positions)]
     flags += ["--padded-vocab-size", str(rows)]
     has_tokenizer = any(options.input.glob("tokenizer*.json"))
     if has_tokenizer or (options.input / "vocab.json").is_file():
