@@ -20,13 +20,16 @@ from tests.parallel import run, train
 import export_hf  # isort: skip  from tools, which tests.parallel puts on the path
 import hf_checkpoint
 import hf_config
+import hf_tokenizer
 import hf_weights
 import import_hf
+
+VOCAB_SIZE = VOCABULARY - hf_tokenizer.tokens_beyond_vocab_size()  # the flag for so many tokens
 
 MODEL = (
     f"--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length {SEQ} "
     f"--max-position-embeddings {SEQ} --attention-dropout 0 --hidden-dropout 0 --mock-data "
-    f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --split 90,5,5 --num-workers 0 "
+    f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --split 90,5,5 --num-workers 0 "
     "--no-create-attention-mask-in-dataloader"
 )
 RUN = (
@@ -177,7 +180,7 @@ def test_use_checkpoint_args_and_tensor_parallelism(tmp_path, capsys):
     llama().save_pretrained(tmp_path / "hf")
     load = import_(tmp_path / "hf", tmp_path / "megatron")
     left = capsys.readouterr().out.split("but for ")[1].strip()
-    assert left == f"--norm-epsilon 1e-06 --tokenizer-type NullTokenizer --vocab-size {VOCABULARY}"
+    assert left == f"--norm-epsilon 1e-06 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE}"
     flags = f"{left} --tensor-model-parallel-size 2"
     ours = megatron_logits(load, tmp_path, flags, world_size=2)
     assert_near(ours[..., :VOCABULARY], hugging_face_logits(tmp_path / "hf"), ROPE)

@@ -69,6 +69,14 @@ def _of_run(args: Any) -> tuple[Path | None, Path | None, Path | None]:
     return None, None, None
 
 
+def tokens_beyond_vocab_size() -> int:
+    """Return how many tokens Megatron's NullTokenizer has beyond its --vocab-size.
+
+    In 0.17 the end-of-document token comes after them, since then it is the last of them.
+    """
+    return int(versions.release() < (0, 18))
+
+
 def vocabulary(args: Any, tokenizer: Any, asked: int | None, rows: int) -> int:
     """Return the tokens that a model knows, the rows of its embedding without padding.
 
@@ -83,8 +91,7 @@ def vocabulary(args: Any, tokenizer: Any, asked: int | None, rows: int) -> int:
     """
     trained = None
     if args.tokenizer_type == WITHOUT_FILES:
-        # Megatron 0.17 has its end-of-document token after --vocab-size tokens, not among them.
-        trained = args.vocab_size + (versions.release() < (0, 18))
+        trained = args.vocab_size + tokens_beyond_vocab_size()
     size = asked or trained or (len(tokenizer) if tokenizer else None)
     if size is None:
         raise ConversionError(

@@ -54,6 +54,7 @@ def convert(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[str]]
     """
     import hf_checkpoint
     import hf_config
+    import hf_tokenizer
     import hf_weights
     import torch
     from transformers import AutoConfig
@@ -80,7 +81,8 @@ def convert(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[str]]
         tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer"]
         tokenizer += ["--tokenizer-model", str(options.input.absolute())]
     else:
-        tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(config.vocab_size)]
+        size = config.vocab_size - hf_tokenizer.tokens_beyond_vocab_size()
+        tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(size)]
     dtype = getattr(torch, options.dtype) if options.dtype else None
     stored = hf_weights.stored(options.input, family)
     hf_weights.check_tensors(options.input, hf_weights.theirs(family, shape), stored, shape.tied)
