@@ -266,6 +266,12 @@ FEW = {"PROCESSES": "8", **DATA}
             {"SCALE": "smoke", "START_FROM": "no"},
             "START_FROM=no is no folder of checkpoints",
         ),
+        (
+            "ltd_300b",
+            {"SCALE": "smoke", "TP": "3", "PROCESSES": "3"},
+            "TP=3 does not divide the 4 attention heads",
+        ),
+        ("ltd_300b", {"SCALE": "smoke", "PP": "3"}, "PP=3 does not divide the 4 layers"),
         ("ltd_300b", {"SCALE": "tiny"}, "SCALE=tiny is not full or smoke"),
         ("ltd_300b", {"SCALE": "smoke", "TP": "two"}, "TP=two is not a whole number above 0"),
         (

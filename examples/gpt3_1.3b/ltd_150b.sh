@@ -8,5 +8,6 @@ set -euo pipefail
 script=$0 # under sbatch a copy, and SLURM knows of what
 [ -e "$(dirname "$script")/pretrain.sh" ] ||
   script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\.sh\).*|\1|p')
+[ -n "$script" ] || { echo "give sbatch the file, not its text: sbatch SCRIPT" >&2; exit 2; }
 # shellcheck source=examples/gpt3_1.3b/pretrain.sh
 source "$(dirname "$script")/pretrain.sh"

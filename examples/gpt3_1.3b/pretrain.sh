@@ -104,6 +104,8 @@ case $SCALE in
     ;;
   *) give_up "SCALE=$SCALE is not full or smoke" ;;
 esac
+((heads % TP == 0)) || problem "TP=$TP does not divide the $heads attention heads: change TP"
+((layers % PP == 0)) || problem "PP=$PP does not divide the $layers layers: change PP"
 RUN_DIR=$(realpath -m "$RUN_DIR") # the same from wherever it is continued
 samples_of() { printf '%s' $((($1 + seq - 1) / seq)); }
 

@@ -343,6 +343,22 @@ def test_a_job_that_a_job_submits_is_one_like_any_other(slurm, tmp_path):
     assert "2 processes on 2 nodes" in output
 
 
+def test_a_script_without_its_file_says_so(slurm, tmp_path):
+    text = (FOLDER / "ltd_300b.sh").read_text()
+    result = subprocess.run(
+        ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0"],
+        env=environment(**slurm, SCALE="smoke", RUN_DIR=tmp_path / "run"),
+        cwd=tmp_path,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    state, output = ended(slurm, result.stdout.strip(), tmp_path)
+    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0")
+    assert "give sbatch the file, not its text: sbatch SCRIPT" in output
+
+
 def test_a_container_is_handed_to_srun(slurm, tmp_path):
     settings = {"DRY_RUN": "1", "CONTAINER": "a.sqsh", "CONTAINER_MOUNTS": "/data,/home"}
     state, output = ended(slurm, stubbed(slurm, tmp_path, **settings), tmp_path)
