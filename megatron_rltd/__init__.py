@@ -18,6 +18,7 @@ _PUBLIC = {
     "Schedule": "schedule",
     "add_arguments": "config",
     "gather_tokens": "ops",
+    "join_micro_batches": "micro_batches",
     "scatter_tokens": "ops",
     "kept_indices": "sampling",
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_rltd.config import (
     FIELDS,
+    FREE,
     ConfigError,
     RandomLTDConfig,
     config_from_args,
@@ -70,7 +71,7 @@ def continued_config(asked: RandomLTDConfig, checkpoint_args: Any, args: Any) ->
             ]
         )
     taken = {name: getattr(saved, name) for name in left_open}
-    free = {name: getattr(asked, name) for name in ("backend", "preflight")}
+    free = {name: getattr(asked, name) for name in FREE}
     return dataclasses.replace(chosen, **taken, **free)
 
 

@@ -75,6 +75,15 @@ class RandomLTDConfig:
     """Implementation that chooses and moves the tokens: the compiled kernels where they are built
     and else plain torch, the kernels or an error, or plain torch."""
 
+    grow_micro_batch: int = 1
+    """Where few tokens are kept, let one pass take up to this number of the step's micro-batches:
+    the largest power of two that divides the step's and has the layers process no more tokens than
+    in a pass of which nothing is dropped. Changes neither data nor kept tokens nor losses."""
+
+    grow_min_micro_batches: int | None = None
+    """Passes that a step keeps at least if micro-batches are joined. Default: the number of
+    pipeline stages."""
+
     preflight: bool = False
     """Before the second iteration, run one forward and backward at full length without an update,
     so that the run's peak memory shows at once and not when the ramp ends."""
@@ -82,6 +91,8 @@ class RandomLTDConfig:
 
 FLAG_PREFIX = "random_ltd_"
 FIELDS = tuple(f.name for f in dataclasses.fields(RandomLTDConfig))
+# How a run computes, not what: free to change when it is continued.
+FREE = ("backend", "grow_micro_batch", "grow_min_micro_batches", "preflight")
 
 
 def flag(name: str) -> str:
@@ -159,7 +170,7 @@ def options_in_force(config: RandomLTDConfig, num_layers: int) -> dict[str, Any]
     Raises:
         ValueError: See `parse_layers`.
     """
-    without_effect = {"backend", "preflight"}
+    without_effect = set(FREE)
     if config.constant:
         without_effect |= {"increment", "root_degree"}
     options = {name: getattr(config, name) for name in FIELDS if name not in without_effect}
@@ -176,6 +187,9 @@ class Model:
         micro_batch_size: Samples of a micro-batch; 1 if it is not known.
         sequence_parallel_size: The tensor-parallel size under sequence parallelism, else 1.
         context_parallel_size: The context-parallel size.
+        pipeline_parallel_size: Pipeline stages.
+        passes_of_chunk: Passes that interleaved pipeline stages run in a row through one model
+            chunk, or None.
         row_multiple: What the rows of a dropped layer on one rank must be a multiple of (FP8).
         seed: The seed where the config has none.
     """
@@ -185,6 +199,8 @@ class Model:
     micro_batch_size: int = 1
     sequence_parallel_size: int = 1
     context_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    passes_of_chunk: int | None = None
     row_multiple: int = 1
     seed: int = 1234
 
@@ -215,6 +231,50 @@ class Resolved:
         return LayerTokens(
             self.schedule, self.model.num_layers, len(self.dropped_layers), self.ramp_in_samples
         )
+
+    def micro_batches_per_pass(self, kept: int, num_micro_batches: int) -> int:
+        """Return how many of a step's micro-batches one pass takes.
+
+        Args:
+            kept: k, in tokens.
+            num_micro_batches: Of the step.
+        """
+        tokens, stages = self.layer_tokens, self.model.pipeline_parallel_size
+        least = self.config.grow_min_micro_batches or stages
+
+        def fits(count: int) -> bool:
+            passes, rest = divmod(num_micro_batches, count)
+            if rest or passes < least or count * tokens.per_sample(kept) > tokens.dense:
+                return False
+            # What Megatron's interleaved schedule asks for.
+            row = self.model.passes_of_chunk
+            return row is None or (row <= passes and not 0 < passes % row < stages)
+
+        count = 1
+        for larger in (2**n for n in range(1, self.config.grow_micro_batch.bit_length())):
+            count = larger if fits(larger) else count
+        return count
+
+    def joined_micro_batches(self, num_micro_batches: int) -> list[tuple[int, int]]:
+        """Return (kept tokens from which on, micro-batches of a pass), in order of the ramp."""
+        found: list[tuple[int, int]] = []
+        for _, kept in self.schedule.levels():
+            count = self.micro_batches_per_pass(kept, num_micro_batches)
+            if not found or found[-1][1] != count:
+                found.append((kept, count))
+        return found
+
+
+def interleaved_passes(config: Any) -> int | None:
+    """Return the passes in a row through one model chunk of an interleaved pipeline, or None.
+
+    Args:
+        config: Megatron's arguments or its ``ModelParallelConfig``.
+    """
+    if not getattr(config, "virtual_pipeline_model_parallel_size", None):
+        return None
+    row = getattr(config, "microbatch_group_size_per_vp_stage", None)
+    return row or config.pipeline_model_parallel_size
 
 
 def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
@@ -258,7 +318,8 @@ def resolve(config: RandomLTDConfig, model: Model) -> Resolved:
         f"give exactly one of {flag('ramp_iters')}, {flag('ramp_samples')} and {flag('constant')}; "
         f"given: {', '.join(flag(n) for n in ramps + ['constant'] * config.constant) or 'none'}",
     )
-    for name in (*ramps, "increment", "root_degree"):
+    least = ["grow_min_micro_batches"] if config.grow_min_micro_batches is not None else []
+    for name in (*ramps, "increment", "root_degree", "grow_micro_batch", *least):
         value = getattr(config, name)
         require(value > 0, f"{flag(name)} {value} must be positive")
     seed = model.seed if config.seed is None else config.seed

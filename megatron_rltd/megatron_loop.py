@@ -17,14 +17,16 @@ from megatron_rltd.config import (
     FLAG_PREFIX,
     ConfigError,
     RandomLTDConfig,
+    Resolved,
     config_from_args,
     flag,
     resolve,
 )
 from megatron_rltd.learning_rate import LayerTokenScheduler
-from megatron_rltd.preflight import arguments_with_preflight
+from megatron_rltd.micro_batches import join_micro_batches
+from megatron_rltd.preflight import add_preflight
 from megatron_rltd.random_ltd import RandomLTD
-from megatron_rltd.refusals import model_from_args, validate
+from megatron_rltd.refusals import model_from_args, packs, validate
 from megatron_rltd.schedule import Progress
 
 _random_ltd: RandomLTD | None = None
@@ -118,7 +120,19 @@ def begin_training(model: Any) -> None:
         _random_ltd.attach(model)
     except RuntimeError as error:
         raise ConfigError([str(error)]) from error
+    if _random_ltd.config.grow_micro_batch > 1:
+        _say_what_is_joined(_random_ltd.resolved)
     continue_run()
+
+
+def _say_what_is_joined(resolved: Resolved) -> None:
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.training import print_rank_0
+
+    count = get_num_microbatches()
+    levels = resolved.joined_micro_batches(count)
+    listed = ", ".join(f"{joined} from {kept} kept tokens on" for kept, joined in levels)
+    print_rank_0(f"random-LTD: micro-batches in one pass, of {count} in a step: {listed}")
 
 
 def schedule_learning_rate(scheduler: Any) -> Any:
@@ -230,14 +244,19 @@ def train_step(original: Callable, *call: Any, **kwargs: Any) -> Any:
     begin_step = functools.partial(
         _random_ltd.begin_step, args.curr_iteration, args.consumed_train_samples
     )
+    bound = _signature(original).bind(*call, **kwargs)
+    if _random_ltd.config.grow_micro_batch > 1:
+        bound.arguments["forward_backward_func"] = join_micro_batches(
+            bound.arguments["forward_backward_func"], _random_ltd, is_packed=packs(args)
+        )
     # Not in the first step: the optimizer's state, which counts, does not exist yet.
     if _preflight_due and args.curr_iteration > args.iteration:
         _preflight_due = False
-        bound = arguments_with_preflight(original, call, kwargs, _random_ltd, begin_step)
-        call, kwargs = bound.args, bound.kwargs
+        add_preflight(bound.arguments, _random_ltd, begin_step)
     begin_step()
     try:
-        result = original(*call, **kwargs)
+        joined = _random_ltd.micro_batches_per_pass(get_num_microbatches())
+        result = original(*bound.args, **bound.kwargs)
     finally:
         _random_ltd.end_step()
     losses, should_exit = result[0], result[3]
@@ -248,7 +267,9 @@ def train_step(original: Callable, *call: Any, **kwargs: Any) -> Any:
         tokens, dense = checkpoint.consumed(args)
         tokens += samples * counted.per_sample(kept)
         checkpoint.set_consumed(args, tokens, dense + samples * counted.dense)
-        metrics.add_kept_tokens(losses, kept)
+        metrics.add_value(losses, metrics.KEPT_TOKENS, kept)
+        if _random_ltd.config.grow_micro_batch > 1:
+            metrics.add_value(losses, metrics.MICRO_BATCHES, joined)
         _flops.begin_step()
     return result
 

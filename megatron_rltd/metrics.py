@@ -12,10 +12,11 @@ from megatron_rltd.config import Resolved
 KEPT_TOKENS = "random-ltd kept tokens"
 LAYER_TOKENS = "random-ltd layer tokens"
 SHARE = "random-ltd share of dense"
+MICRO_BATCHES = "random-ltd micro-batches per pass"
 
 
-def add_kept_tokens(losses: dict[str, torch.Tensor], kept: int) -> None:
-    """Add the kept length to the losses of a training step.
+def add_value(losses: dict[str, torch.Tensor], name: str, value: float) -> None:
+    """Add a value to the losses of a training step.
 
     Megatron prints and logs whatever is in this dict, as the mean since its last log line
     (``megatron/training/training.py:training_log``). It is empty on all but the last pipeline
@@ -23,7 +24,7 @@ def add_kept_tokens(losses: dict[str, torch.Tensor], kept: int) -> None:
     """
     if losses:
         device = next(iter(losses.values())).device
-        losses[KEPT_TOKENS] = torch.full((1,), float(kept), device=device)
+        losses[name] = torch.full((1,), float(value), device=device)
 
 
 def add_to_log_line(

@@ -6,30 +6,26 @@ update, no sample used up, no statistics changed.
 """
 
 import contextlib
-import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from megatron_rltd.config import Resolved
 from megatron_rltd.random_ltd import RandomLTD
+from megatron_rltd.routers import auxiliary_losses
 
 
-def arguments_with_preflight(
-    train_step: Callable, call: tuple, kwargs: dict, random_ltd: RandomLTD, begin_step: Callable
-) -> inspect.BoundArguments:
-    """Return the arguments of a training step that will run a preflight before its own passes.
+def add_preflight(arguments: dict[str, Any], random_ltd: RandomLTD, begin_step: Callable) -> None:
+    """Have a training step run a preflight before its own passes.
 
     Args:
-        train_step: ``megatron.training.training.train_step``.
-        call, kwargs: What it was called with.
+        arguments: Of ``megatron.training.training.train_step``; changed.
         random_ltd: In the step.
         begin_step: Begins the step again after the preflight.
     """
-    bound = inspect.signature(train_step).bind(*call, **kwargs)
-    forward_backward_func = bound.arguments["forward_backward_func"]
-    optimizer, config = bound.arguments["optimizer"], bound.arguments["config"]
+    forward_backward_func = arguments["forward_backward_func"]
+    optimizer, config = arguments["optimizer"], arguments["config"]
     done: list[int] = []
 
     def with_preflight(**passes: Any) -> Any:
@@ -40,15 +36,24 @@ def arguments_with_preflight(
             _report(done)
         return forward_backward_func(**passes)
 
-    bound.arguments["forward_backward_func"] = with_preflight
-    return bound
+    arguments["forward_backward_func"] = with_preflight
+
+
+def largest_steps(resolved: Resolved, num_micro_batches: int) -> list[tuple[int, int]]:
+    """Return (kept tokens, position of the schedule) of the steps that may take most memory.
+
+    The two longest: a dropped layer has buffers of its own beside its k rows, so that the longest
+    step of the ramp may take more than a dense one. And the longest with each number of
+    micro-batches in a pass: what does not drop, the output layer above all, grows with them.
+    """
+    levels = [(kept, start) for start, kept in resolved.schedule.levels()]
+    last = {resolved.micro_batches_per_pass(k, num_micro_batches): (k, t) for k, t in levels}
+    return sorted({*levels[-2:], *last.values()})
 
 
 def _run(forward_backward_func: Callable, passes: dict, random_ltd: RandomLTD) -> list[int]:
     """Run the passes at the largest kept lengths; return these."""
-    # A dropped layer has buffers of its own beside its k rows, so that the longest ramp step may
-    # take more memory than a dense one.
-    longest = sorted((kept, start) for start, kept in random_ltd.resolved.schedule.levels())[-2:]
+    longest = largest_steps(random_ltd.resolved, passes["num_microbatches"])
     for _, position in longest:
         random_ltd.begin_step(position, position)
         with _replayed(passes["data_iterator"]):
@@ -62,7 +67,8 @@ def _report(lengths: list[int]) -> None:
 
     peak = torch.cuda.max_memory_allocated() / 2**30
     print_rank_0(
-        f"random-LTD: preflight with {' and '.join(map(str, lengths))} kept tokens passed"
+        f"random-LTD: preflight with {', '.join(map(str, lengths[:-1]))} and {lengths[-1]} kept "
+        "tokens passed"
         + (f"; peak memory on rank 0: {peak:.1f} GiB" if torch.cuda.is_available() else "")
     )
 
@@ -85,7 +91,7 @@ def _forgotten(model: list[Any], optimizer: Any, config: Any) -> Iterator[None]:
     states = torch.get_rng_state(), torch.cuda.get_rng_state(), tracker.get_states()
     # Statistics of the routers, such as the counts that their biases follow.
     buffers = [(b, b.clone()) for chunk in model for _, b in chunk.named_buffers()]
-    losses = {name: values.clone() for name, values in _auxiliary_losses().items()}
+    losses = {name: values.clone() for name, values in auxiliary_losses().items()}
 
     def finish_reduction(model: list[Any], *args: Any, **kwargs: Any) -> None:
         # Megatron's own would also update the routers' biases.
@@ -106,18 +112,8 @@ def _forgotten(model: list[Any], optimizer: Any, config: Any) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        for name, values in _auxiliary_losses().items():
+        for name, values in auxiliary_losses().items():
             values.copy_(losses[name]) if name in losses else values.zero_()
-
-
-def _auxiliary_losses() -> dict[str, torch.Tensor]:
-    """Return the sums of the routers' auxiliary losses since Megatron's last log line."""
-    from megatron.core.transformer.moe import moe_utils
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated in 0.19, but what every version has
-        tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-    return {name: entry["values"] for name, entry in tracker.items()}
 
 
 @contextlib.contextmanager

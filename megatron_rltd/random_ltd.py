@@ -12,6 +12,7 @@ only; nothing is patched globally, no module is added and no parameter renamed. 
 everything outside a step run at full length.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -20,13 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rltd import kernels, ops, versions
+from megatron_rltd import kernels, ops, routers, versions
 from megatron_rltd import layer as dropped_layer
 from megatron_rltd.block import check_layers, plan_recomputation, plan_run_ends
-from megatron_rltd.config import ConfigError, Model, RandomLTDConfig, Resolved, flag, resolve
+from megatron_rltd.config import (
+    ConfigError,
+    Model,
+    RandomLTDConfig,
+    Resolved,
+    flag,
+    interleaved_passes,
+    resolve,
+)
 from megatron_rltd.layer import KeptTokens, MicroBatch
 from megatron_rltd.packed import flatten_samples
-from megatron_rltd.refusals import refused
+from megatron_rltd.refusals import refused_in_model
 from megatron_rltd.schedule import Progress
 from megatron_rltd.shards import context_parallel_strata, sequence_parallel_strata
 
@@ -45,7 +54,9 @@ class RandomLTD:
         self._in_step = False
         self._consumed_samples = 0
         self._micro_batch: int | None = None
+        self._pass = (1, 0)  # micro-batches of the run in a pass, and samples of each
         self._blocks: list[Any] = []
+        self._routers: list[Any] = []
         try:
             ops.use_backend(config.backend)
         except ValueError as error:
@@ -86,7 +97,7 @@ class RandomLTD:
         if not models:
             raise RuntimeError("random-LTD: there is no GPTModel or BertModel to drop tokens in")
         blocks = [m.decoder if hasattr(m, "decoder") else m.encoder for m in models]
-        problems = [problem for block in blocks for problem in refused(block.config)]
+        problems = [p for block in blocks for p in refused_in_model(block.config, self.config)]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
         if self._resolved is None:
@@ -105,6 +116,10 @@ class RandomLTD:
             for layer in block.layers:
                 _override(layer, functools.partial(dropped_layer.forward, layer, layer.forward))
         self._blocks += blocks
+        if self.config.grow_micro_batch > 1:
+            self._routers += [router for m in models for router in routers.routers_of(m)]
+            for router in self._routers:
+                routers.balance_each(router, lambda: self._pass)
         return self
 
     def detach(self) -> None:
@@ -112,7 +127,9 @@ class RandomLTD:
         for block in self._blocks:
             for module in (block, *block.layers):
                 del module.forward
-        self._blocks = []
+        for router in self._routers:
+            routers.undo(router)
+        self._blocks, self._routers = [], []
 
     def begin_step(self, iteration: int, consumed_samples: int) -> None:
         """Start a training step.
@@ -138,6 +155,28 @@ class RandomLTD:
         BERT: the schedules tell it to the layers of a GPTModel.
         """
         self._micro_batch = index
+
+    def micro_batches_per_pass(self, num_micro_batches: int) -> int:
+        """Return how many of a step's micro-batches one pass of this step takes.
+
+        Args:
+            num_micro_batches: Of the step.
+        """
+        if not self.is_dropping:
+            return 1
+        return self.resolved.micro_batches_per_pass(self.kept_tokens, num_micro_batches)
+
+    @contextlib.contextmanager
+    def joining(self, count: int, micro_batch_size: int) -> Iterator[None]:
+        """Within it a forward pass is of `count` consecutive micro-batches of the step.
+
+        `begin_micro_batch` then counts passes. See `megatron_rltd.micro_batches`.
+        """
+        self._pass = (count, micro_batch_size)
+        try:
+            yield
+        finally:
+            self._pass = (1, 0)
 
     def end_step(self) -> None:
         """End a training step: until the next one nothing is dropped."""
@@ -178,10 +217,11 @@ class RandomLTD:
         return MicroBatch(packed, kept, ends, recomputed)
 
     def _samples(self, block: Any, batch: int, device: torch.device) -> Tensor:
-        """Return the global indices of a micro-batch's samples, [b] int64.
+        """Return the global indices of the samples of a pass, [batch] int64.
 
         Megatron's order: micro-batch by micro-batch, in each the data-parallel ranks in turn
-        (``megatron/training/datasets/data_samplers.py:MegatronPretrainingSampler``).
+        (``megatron/training/datasets/data_samplers.py:MegatronPretrainingSampler``). Only the first
+        of each micro-batch if all its samples keep the same tokens.
         """
         from megatron.core.utils import get_pg_rank, get_pg_size
 
@@ -194,11 +234,14 @@ class RandomLTD:
                 "that does not use Megatron's pipeline schedules"
             )
         group = block.pg_collection.dp
-        first = (index * get_pg_size(group) + get_pg_rank(group)) * batch
-        start = self._consumed_samples + first
-        if self.config.shared_indices:
-            return torch.arange(start, start + 1, device=device)
-        return torch.arange(start, start + batch, device=device)
+        count, ranks = self._pass[0], get_pg_size(group)
+        size, rest = divmod(batch, count)
+        if rest:
+            raise RuntimeError(f"random-LTD: a pass of {count} micro-batches has {batch} samples")
+        start = self._consumed_samples + (index * count * ranks + get_pg_rank(group)) * size
+        drawn = 1 if self.config.shared_indices else size
+        offsets = tuple(i * ranks * size + j for i in range(count) for j in range(drawn))
+        return _on_device(offsets, device) + start
 
     def _kept(
         self, block: Any, dropped: list[int], hidden_states: Tensor, is_packed: bool
@@ -235,6 +278,8 @@ class RandomLTD:
             self.kept_tokens,
             strata,
         )
+        if 1 < positions.size(1) < samples:  # shared within each micro-batch of a pass
+            positions = positions.repeat_interleave(samples // positions.size(1), dim=1)
         if is_packed:
             positions = flatten_samples(positions, samples, length)
             strata, length = strata * samples, length * samples
@@ -301,6 +346,8 @@ def _model_facts(config: Any, seq_length: int, seed: int) -> Model:
         num_layers=config.num_layers,
         sequence_parallel_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
         context_parallel_size=config.context_parallel_size,
+        pipeline_parallel_size=config.pipeline_model_parallel_size,
+        passes_of_chunk=interleaved_passes(config),
         seed=seed,
     )
 

@@ -6,13 +6,18 @@ error at start-up that names the flag and the way out.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_rltd.config import (
+    FIELDS,
+    FLAG_PREFIX,
     ConfigError,
     Model,
+    RandomLTDConfig,
     Resolved,
     config_from_args,
+    interleaved_passes,
     resolve,
 )
 
@@ -43,11 +48,24 @@ def _truthy(name: str) -> Callable[[Any], Any]:
     return lambda args: getattr(args, name, None)
 
 
-def _packs(args: Any) -> Any:
+def packs(args: Any) -> Any:
+    """Return whether micro-batches hold packed sequences."""
     return getattr(args, "sft", None) or getattr(args, "dataloader_inter_document_masking", None)
 
 
+def _grows(args: Any) -> bool:
+    return getattr(args, "random_ltd_grow_micro_batch", 1) > 1
+
+
+def _has_auxiliary_loss(args: Any) -> bool:
+    coefficients = getattr(args, "moe_aux_loss_coeff", None) or 0.0
+    return any(coefficients if isinstance(coefficients, list) else [coefficients])
+
+
 _BYPASS = "runs layers without their forward, so that no token would be dropped"
+_GROW = "--random-ltd-grow-micro-batch"
+_OVER_A_PASS = "over all the micro-batches of a pass, not over each"
+_OMIT = f"omit {_GROW}"
 _STATIC = "sizes buffers once, while the kept length changes"
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("--yaml-cfg", _truthy("yaml_cfg"), "replaces the parsed flags", "use flags"),
@@ -135,14 +153,14 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--sft and --dataloader-inter-document-masking with --context-parallel-size",
-        lambda args: _packs(args) and getattr(args, "context_parallel_size", 1) > 1,
+        lambda args: packs(args) and getattr(args, "context_parallel_size", 1) > 1,
         "splits every document between the ranks, of which each keeps another number of tokens",
         "use --context-parallel-size 1",
     ),
     Refusal(
         "--sft and --dataloader-inter-document-masking with fused RoPE",
         lambda args: (
-            _packs(args)
+            packs(args)
             and getattr(args, "apply_rope_fusion", None)
             and getattr(args, "position_embedding_type", None) == "rope"
         ),
@@ -169,12 +187,63 @@ REFUSALS: tuple[Refusal, ...] = (
         "takes one set of positions for all samples",
         "set it to False",
     ),
+    Refusal(
+        f"{_GROW} with --mtp-num-layers",
+        lambda args: _grows(args) and getattr(args, "mtp_num_layers", None),
+        f"would average the loss {_OVER_A_PASS}",
+        _OMIT,
+    ),
+    Refusal(
+        f"{_GROW} with --moe-router-load-balancing-type sinkhorn",
+        lambda args: (
+            _grows(args) and "sinkhorn" in str(getattr(args, "moe_router_load_balancing_type", ""))
+        ),
+        f"would assign experts {_OVER_A_PASS}",
+        _OMIT,
+    ),
+    Refusal(
+        f"{_GROW} with --moe-expert-capacity-factor",
+        lambda args: _grows(args) and getattr(args, "moe_expert_capacity_factor", None) is not None,
+        f"would drop what is too much for an expert {_OVER_A_PASS}",
+        _OMIT,
+    ),
+    Refusal(
+        f"{_GROW} with packed sequences and --moe-aux-loss-coeff",
+        lambda args: _grows(args) and packs(args) and _has_auxiliary_loss(args),
+        f"would balance experts {_OVER_A_PASS}",
+        _OMIT,
+    ),
+    Refusal(
+        f"{_GROW} with --log-straggler",
+        lambda args: _grows(args) and getattr(args, "log_straggler", None),
+        "would time the model where the script calls it, which is before it runs",
+        _OMIT,
+    ),
+    Refusal(
+        f"{_GROW} with distillation",
+        lambda args: (
+            _grows(args)
+            and (getattr(args, "modelopt_enabled", None) or getattr(args, "logits_load_dir", None))
+        ),
+        "would lose the part of the loss that comes from inside the model",
+        _OMIT,
+    ),
 )
 
 
 def refused(args: Any) -> list[str]:
-    """Return a sentence for every Megatron feature in use that random-LTD refuses."""
+    """Return a sentence for every Megatron feature in use that random-LTD refuses.
+
+    Args:
+        args: Megatron's arguments, or what has the same attributes.
+    """
     return [refusal.message for refusal in REFUSALS if refusal.used(args)]
+
+
+def refused_in_model(transformer_config: Any, config: RandomLTDConfig) -> list[str]:
+    """Return the same of a model that is built already."""
+    ours = {FLAG_PREFIX + name: getattr(config, name) for name in FIELDS}
+    return refused(SimpleNamespace(**vars(transformer_config), **ours))
 
 
 def refuse_command_line(argv: list[str]) -> None:
@@ -198,6 +267,8 @@ def model_from_args(args: Any) -> Model:
         micro_batch_size=args.micro_batch_size,
         sequence_parallel_size=args.tensor_model_parallel_size if args.sequence_parallel else 1,
         context_parallel_size=args.context_parallel_size,
+        pipeline_parallel_size=args.pipeline_model_parallel_size,
+        passes_of_chunk=interleaved_passes(args),
         row_multiple=(32 if block_scaled else 16) if fp8 else 1,
         seed=args.seed,
     )

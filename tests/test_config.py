@@ -138,6 +138,8 @@ EXPECTED_FLAGS = {
     "--random-ltd-shared-indices": "random_ltd_shared_indices",
     "--random-ltd-seed": "random_ltd_seed",
     "--random-ltd-backend": "random_ltd_backend",
+    "--random-ltd-grow-micro-batch": "random_ltd_grow_micro_batch",
+    "--random-ltd-grow-min-micro-batches": "random_ltd_grow_min_micro_batches",
     "--random-ltd-preflight": "random_ltd_preflight",
     "--layer-token-lr": "layer_token_lr",
     "--train-layer-tokens": "train_layer_tokens",
@@ -160,7 +162,8 @@ def test_flags_make_the_config():
     parser = add_arguments(argparse.ArgumentParser())
     assert config_from_args(parser.parse_args(["--random-ltd"])) == RandomLTDConfig()
     args = parser.parse_args(
-        "--random-ltd --random-ltd-min-tokens 64 --random-ltd-ramp-samples 100 "
+        "--random-ltd --random-ltd-grow-micro-batch 4 --random-ltd-grow-min-micro-batches 2 "
+        "--random-ltd-min-tokens 64 --random-ltd-ramp-samples 100 "
         "--random-ltd-increment 8 --random-ltd-root-degree 2 --random-ltd-layers 2-3 "
         "--random-ltd-strata 4 --random-ltd-shared-indices --random-ltd-seed 7 "
         "--random-ltd-backend torch --random-ltd-preflight".split()
@@ -176,6 +179,8 @@ def test_flags_make_the_config():
         seed=7,
         backend="torch",
         preflight=True,
+        grow_micro_batch=4,
+        grow_min_micro_batches=2,
     )
 
 

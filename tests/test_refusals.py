@@ -3,9 +3,16 @@ import argparse
 import pytest
 
 from megatron_rltd import versions
-from megatron_rltd.config import ConfigError, add_arguments
-from megatron_rltd.refusals import REFUSALS, refuse_command_line, refused, validate
+from megatron_rltd.config import ConfigError, RandomLTDConfig, add_arguments
+from megatron_rltd.refusals import (
+    REFUSALS,
+    refuse_command_line,
+    refused,
+    refused_in_model,
+    validate,
+)
 
+GROW = "--random-ltd-grow-micro-batch"
 # How a user asks for each refused feature.
 COMMAND_LINES = {
     "--yaml-cfg": "--yaml-cfg x.yaml",
@@ -34,6 +41,14 @@ COMMAND_LINES = {
     "--sft and --dataloader-inter-document-masking with fused RoPE": "--position-embedding-type "
     "rope --dataloader-inter-document-masking",
     "--random-ltd-preflight with FP8": "--random-ltd-preflight --fp8-format hybrid",
+    f"{GROW} with --mtp-num-layers": f"{GROW} 2 --mtp-num-layers 1",
+    f"{GROW} with --moe-router-load-balancing-type sinkhorn": f"{GROW} 2 "
+    "--moe-router-load-balancing-type sinkhorn",
+    f"{GROW} with --moe-expert-capacity-factor": f"{GROW} 2 --moe-expert-capacity-factor 1.0",
+    f"{GROW} with packed sequences and --moe-aux-loss-coeff": f"{GROW} 2 --sft "
+    "--moe-aux-loss-coeff 0.1",
+    f"{GROW} with --log-straggler": f"{GROW} 2 --log-straggler",
+    f"{GROW} with distillation": None,  # of ModelOpt's flags
     "fused_single_qkv_rope of the TransformerConfig": None,  # has no flag
 }
 # The releases that have a flag, where not all do: from the first, up to but without the second.
@@ -41,7 +56,7 @@ ONLY_IN = {
     "--use-legacy-models": ((0, 17), (0, 18)),
     "--moe-paged-stash": ((0, 18), (9, 0)),
     "--moe-expert-rank-capacity-factor": ((0, 18), (9, 0)),
-    "--dataloader-inter-document-masking": ((0, 19), (9, 0)),
+    "--sft and --dataloader-inter-document-masking with fused RoPE": ((0, 19), (9, 0)),
 }
 MODEL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 "
@@ -83,10 +98,11 @@ def test_refused_features(parser, flag):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("gtp_weight_remat_size", 2), ("fused_single_qkv_rope", True)]
+    ("name", "value"),
+    [("gtp_weight_remat_size", 2), ("fused_single_qkv_rope", True), ("modelopt_enabled", True)],
 )
 def test_features_without_a_flag_of_their_own(parser, name, value):
-    args = parser.parse_args(MODEL.split())
+    args = parser.parse_args([*MODEL.split(), GROW, "2"])
     setattr(args, name, value)
     assert len(refused(args)) == 1
 
@@ -116,3 +132,7 @@ def test_a_transformer_config_is_refused_alike():
     assert refused(plain) == []
     plain.num_moe_experts = 4
     assert refused(plain)[0].startswith("--calculate-per-token-loss")
+    plain.num_moe_experts, plain.mtp_num_layers = None, 1
+    assert refused_in_model(plain, RandomLTDConfig()) == []
+    (problem,) = refused_in_model(plain, RandomLTDConfig(grow_micro_batch=2))
+    assert problem.startswith(f"{GROW} with --mtp-num-layers")

@@ -138,6 +138,7 @@ FEATURES = {
     "ramp-samples": Feature("--random-ltd-ramp-samples 192", alone=True),
     "all-layers": Feature("--random-ltd-layers 1-8", alone=True),
     "some-layers": Feature("--random-ltd-layers 2,4-5,7", alone=True),
+    "grow": Feature("--random-ltd-grow-micro-batch 4"),
     "other-seed": Feature("--random-ltd-seed 7 --override-opt-param-scheduler", control=True),
 }
 
@@ -189,6 +190,15 @@ MATRIX = (
         "shared-indices ramp-samples all-layers some-layers clip",
     ),
     ("1 DP2", "llama", "micro-batch-1"),
+    (
+        "1 TP2+SP PP2 PP2xVPP2 CP2 DP2+DO+overlap TP2+SPxCP2xPP2",
+        "llama",
+        "all-layers+grow",
+    ),
+    ("EP2xTP2+SPxPP2", "moe moe-allgather moe-shared", "all-layers+grow"),
+    ("1 TP2+SPxCP2xPP2", "rope", "eod-mask+grow eod-mask+per-token-loss+grow"),
+    ("1 PP2", "learned", "documents+grow"),
+    ("TP2+SPxPP2", "llama", "shared-indices+grow recompute-uniform+grow"),
     ("1 TP2+SPxPP2", "rope", "other-seed"),
 )
 

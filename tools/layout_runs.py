@@ -85,7 +85,7 @@ def is_same_order(row: Row) -> bool:
     """
     sizes, _ = layout_parts(row.layout)
     wide = {name for name, size in sizes.items() if size > 1} - {"PP", "VPP"}
-    if row.model == "tied" or "micro-batch-1" in row.features:
+    if row.model == "tied" or {"micro-batch-1", "grow"} & set(row.features.split("+")):
         return False
     return not wide or (sizes["DP"], wide, row.features) == (2, {"DP"}, "two-micro-batches")
 
