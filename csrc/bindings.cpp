@@ -3,6 +3,28 @@
 //
 // On torch's stable ABI: one binary for many versions of torch and Python.
 
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <stdexcept>
+#include <string>
+
+// torch 2.13 and newer keep the text of an error, older ones print it. The header's macro is made
+// for all of them and says nothing of it, not even that a GPU's memory ran out.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace megatron_rltd {
+[[noreturn]] inline void throw_torch_error() {
+  const bool kept = torch_exception_get_what_without_backtrace != nullptr;
+  throw std::runtime_error(std::string("megatron_rltd: ") +
+                           (kept ? torch_exception_get_what_without_backtrace()
+                                 : "an error in torch, which has printed it"));
+}
+}  // namespace megatron_rltd
+
+#undef TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call) \
+  if ((call) != TORCH_SUCCESS) ::megatron_rltd::throw_torch_error();
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,14 +36,12 @@
 #include <limits>
 #include <tuple>
 
+#ifdef MEGATRON_RLTD_CUDA
+#include <dlfcn.h>
+#endif
+
 #include "rows.h"
 #include "sampling.h"
-
-#ifdef MEGATRON_RLTD_CUDA
-// Weak, so that the library also loads in a torch for CPUs, which lacks it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                   void** stream);
-#endif
 
 namespace megatron_rltd {
 namespace {
@@ -29,14 +49,40 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#ifdef MEGATRON_RLTD_CUDA
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// torch's function for the current stream of a GPU, or null. It is looked up in the process: linked,
+// it would keep this library from loading in a torch for CPUs, and a weak symbol stays null because
+// Python loads torch's libraries with RTLD_LOCAL.
+CurrentStream current_stream() {
+  static const auto found = [] {
+    constexpr char kName[] = "aoti_torch_get_current_cuda_stream";
+    void* function = dlsym(RTLD_DEFAULT, kName);  // a torch linked in one piece
+    void* library =
+        function == nullptr ? dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+    if (library != nullptr) function = dlsym(library, kName);
+    return reinterpret_cast<CurrentStream>(function);
+  }();
+  return found;
+}
+
+// Continues "the kernels are".
+constexpr char kNoStreams[] =
+    "built for CUDA, but this torch has no function aoti_torch_get_current_cuda_stream: its "
+    "libtorch_cuda.so is not loaded, which a torch for CPUs or for AMD GPUs lacks; install a torch "
+    "2.10 or newer for CUDA";
+#endif
+
 // Runs on_gpu(stream) on the tensor's GPU, or each of n items on the CPU, at least grain a thread.
 template <typename OnGpu, typename Item>
 void run(const Tensor& tensor, const OnGpu& on_gpu, int64_t n, int64_t grain, const Item& item) {
 #if defined(MEGATRON_RLTD_CUDA)
   if (tensor.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+    STD_TORCH_CHECK(current_stream() != nullptr, "megatron_rltd: the kernels are ", kNoStreams);
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream()(tensor.get_device_index(), &stream));
     const int error = on_gpu(stream);
     STD_TORCH_CHECK(error == 0, "megatron_rltd: ", error_text(error));
     return;
@@ -297,5 +343,13 @@ void implement(torch::stable::detail::StableLibrary& library) {
 STABLE_TORCH_LIBRARY_IMPL(megatron_rltd, CPU, library) { megatron_rltd::implement(library); }
 
 #ifdef MEGATRON_RLTD_CUDA
-STABLE_TORCH_LIBRARY_IMPL(megatron_rltd, CUDA, library) { megatron_rltd::implement(library); }
+// Only if they can run: else tensors on a GPU go through the reference.
+STABLE_TORCH_LIBRARY_IMPL(megatron_rltd, CUDA, library) {
+  if (megatron_rltd::current_stream() != nullptr) megatron_rltd::implement(library);
+}
+
+// For megatron_rltd/kernels.py: why there are none for GPUs, or null. Not there in a build for CPUs.
+extern "C" __attribute__((visibility("default"))) const char* megatron_rltd_without_cuda() {
+  return megatron_rltd::current_stream() == nullptr ? megatron_rltd::kNoStreams : nullptr;
+}
 #endif
