@@ -49,6 +49,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Rows, bytes of a row and the like are fewer, so that 32 bits do for sums of two.
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
+
 #ifdef MEGATRON_RLTD_CUDA
 using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
 
@@ -109,8 +112,10 @@ void move_rows(const Tensor& tensor, const Move& move) {
 
 void check_hidden(const Tensor& hidden, const char* name) {
   STD_TORCH_CHECK(hidden.dim() == 3, name, " must be [s, b, h], got ", hidden.dim(), " dimensions");
-  STD_TORCH_CHECK(hidden.size(0) * hidden.size(1) < std::numeric_limits<int32_t>::max() / 2, name,
-                  " has s * b = ", hidden.size(0) * hidden.size(1), " rows, too many");
+  STD_TORCH_CHECK(hidden.size(0) * hidden.size(1) < kMost, name, " has s * b = ",
+                  hidden.size(0) * hidden.size(1), " rows, too many");
+  STD_TORCH_CHECK(hidden.size(2) * static_cast<int64_t>(hidden.element_size()) < kMost, name,
+                  " has h = ", hidden.size(2), ", too long a row");
 }
 
 void check_indices(const Tensor& indices, const Tensor& hidden, const char* name) {
@@ -259,13 +264,12 @@ Tensor sample(int64_t seed, const Tensor& layer_numbers, const Tensor& samples, 
   STD_TORCH_CHECK(strata > 0 && seq_length % strata == 0 && kept_tokens % strata == 0,
                   "s = ", seq_length, " and k = ", kept_tokens, " must be multiples of the strata, ",
                   strata);
-  STD_TORCH_CHECK(0 <= kept_tokens && kept_tokens <= seq_length &&
-                      seq_length <= std::numeric_limits<int32_t>::max() / 2,
+  STD_TORCH_CHECK(0 <= kept_tokens && kept_tokens <= seq_length && seq_length < kMost,
                   "k = ", kept_tokens, " must be between 0 and s = ", seq_length);
   const Tensor layers = torch::stable::contiguous(layer_numbers);
   const Tensor drawn_for = torch::stable::contiguous(samples);
   const int64_t strata_in_all = layers.size(0) * drawn_for.size(0) * strata;
-  STD_TORCH_CHECK(strata_in_all < std::numeric_limits<int32_t>::max(), "l * b * strata = ",
+  STD_TORCH_CHECK(strata_in_all < kMost, "l * b * strata = ",
                   strata_in_all, " is too many");
   Tensor kept = torch::stable::new_empty(samples, {layers.size(0), samples.size(0), kept_tokens},
                                          ScalarType::Int);
@@ -282,7 +286,7 @@ Tensor sample(int64_t seed, const Tensor& layer_numbers, const Tensor& samples, 
   sampling.num_kept = static_cast<int32_t>(kept_tokens / strata);
   run(
       samples, [&](void* stream) { return launch_sampling(sampling, stream); }, strata_in_all, 1,
-      [&](int64_t number) { sample_stratum(sampling, number); });
+      [&](int64_t number) { sample_stratum(sampling, static_cast<int32_t>(number)); });
   return kept;
 }
 
@@ -301,6 +305,9 @@ Tensor select_mask(const Tensor& mask, const Tensor& rows, const Tensor& columns
   const Tensor column_index = torch::stable::contiguous(columns);
   const bool one_row = mask.size(2) == 1;
   const int64_t num_rows = one_row ? 1 : row_index.size(1);
+  const int64_t out_rows = mask.size(0) * mask.size(1) * num_rows;
+  STD_TORCH_CHECK(out_rows < kMost && column_index.size(1) < kMost, "mask: b * a * k = ", out_rows,
+                  " rows to select are too many");
   Tensor out = torch::stable::new_empty(
       mask, {mask.size(0), mask.size(1), num_rows, column_index.size(1)});
   MaskSelection selection{};
@@ -315,14 +322,16 @@ Tensor select_mask(const Tensor& mask, const Tensor& rows, const Tensor& columns
   selection.heads = static_cast<int32_t>(mask.size(1));
   selection.num_rows = static_cast<int32_t>(num_rows);
   selection.num_columns = static_cast<int32_t>(column_index.size(1));
-  const int64_t out_rows = mask.size(0) * mask.size(1) * num_rows;
   run(
       mask, [&](void* stream) { return launch_select_mask(selection, stream); }, out_rows, 16,
       [&](int64_t row) {
-        const uint8_t* from = mask_row(selection, row);
-        const int32_t* column = mask_columns(selection, row);
-        uint8_t* to = selection.out + row * selection.num_columns;
-        for (int32_t j = 0; j < selection.num_columns; ++j) to[j] = from[column[j]];
+        const auto out_row = static_cast<int32_t>(row);
+        const int32_t number = out_row / selection.num_rows;
+        const int32_t i = out_row - number * selection.num_rows;
+        const MaskPart part = mask_part(selection, number);
+        const uint8_t* from = mask_row(selection, part, i);
+        uint8_t* to = part.out + static_cast<int64_t>(i) * selection.num_columns;
+        for (int32_t j = 0; j < selection.num_columns; ++j) to[j] = from[part.columns[j]];
       });
   return out;
 }
