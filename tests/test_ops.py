@@ -125,7 +125,7 @@ def test_library_ops_equal_the_reference_bit_for_bit(seed):
     generator = torch.Generator().manual_seed(seed)
     library = torch.ops.megatron_rltd
     rows, batch = random_.randint(1, 40), random_.randint(1, 4)
-    width = random_.choice([1, 3, 8, 16, 33, 64, 300])
+    width = [1, 3, 8, 16, 33, 64, 1100][seed % 7]
     dtype = MOVED[seed % len(MOVED)]
     kept, next_kept = random_.randint(0, rows), random_.randint(0, rows)
     indices = random_indices(rows, batch, kept, generator)
@@ -172,7 +172,7 @@ def test_library_samples_equal_the_reference(length, strata):
 
 
 # Kernels store four columns at once where their number allows it, a thousand in a pass of a block.
-@pytest.mark.parametrize("shape", [(9, 4, 7), (40, 9, 36), (1300, 5, 1284)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 4, 7), (40, 30, 36), (1300, 5, 1284)], ids=str)
 def test_library_selects_masks_as_the_reference(shape):
     length, *kept = shape
     generator = torch.Generator().manual_seed(0)
