@@ -74,23 +74,25 @@ __global__ void __launch_bounds__(kThreads)
   if (number >= selection.batch * selection.heads) return;
   const MaskPart part = mask_part(selection, number);
   const int32_t first = static_cast<int32_t>(group % groups_of_part) * kMaskRows;
+  const uint8_t* from[kMaskRows];
+#pragma unroll
+  for (int i = 0; i < kMaskRows; ++i) {  // the last group may read the last row again
+    from[i] = mask_row(selection, part, min(first + i, selection.num_rows - 1));
+  }
   const int32_t words = selection.num_columns / kColumns;
   for (int32_t word = threadIdx.x & (lanes - 1); word < words; word += lanes) {
     int32_t columns[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) columns[j] = part.columns[word * kColumns + j];
-    Word made[kMaskRows];
+    Word made[kMaskRows] = {};
 #pragma unroll
     for (int i = 0; i < kMaskRows; ++i) {
-      if (first + i >= selection.num_rows) continue;
-      const uint8_t* from = mask_row(selection, part, first + i);
-      made[i] = 0;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) made[i] |= static_cast<Word>(from[columns[j]]) << 8 * j;
+      for (int j = 0; j < kColumns; ++j) made[i] |= static_cast<Word>(from[i][columns[j]]) << 8 * j;
     }
 #pragma unroll
     for (int i = 0; i < kMaskRows; ++i) {
-      if (first + i >= selection.num_rows) continue;
+      if (first + i >= selection.num_rows) break;
       uint8_t* to = part.out + static_cast<int64_t>(first + i) * selection.num_columns;
       reinterpret_cast<Word*>(to)[word] = made[i];
     }
