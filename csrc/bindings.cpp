@@ -3,6 +3,28 @@
 //
 // On torch's stable ABI: one binary for many versions of torch and Python.
 
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <stdexcept>
+#include <string>
+
+// torch 2.13 and newer keep the text of an error, older ones print it. The header's macro is made
+// for all of them and says nothing of it, not even that a GPU's memory ran out.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace megatron_rltd {
+[[noreturn]] inline void throw_torch_error() {
+  const bool kept = torch_exception_get_what_without_backtrace != nullptr;
+  throw std::runtime_error(std::string("megatron_rltd: ") +
+                           (kept ? torch_exception_get_what_without_backtrace()
+                                 : "an error in torch, which has printed it"));
+}
+}  // namespace megatron_rltd
+
+#undef TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call) \
+  if ((call) != TORCH_SUCCESS) ::megatron_rltd::throw_torch_error();
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,14 +36,12 @@
 #include <limits>
 #include <tuple>
 
+#ifdef MEGATRON_RLTD_CUDA
+#include <dlfcn.h>
+#endif
+
 #include "rows.h"
 #include "sampling.h"
-
-#ifdef MEGATRON_RLTD_CUDA
-// Weak, so that the library also loads in a torch for CPUs, which lacks it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                   void** stream);
-#endif
 
 namespace megatron_rltd {
 namespace {
@@ -29,14 +49,43 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Rows, bytes of a row and the like are fewer, so that 32 bits do for sums of two.
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
+
+#ifdef MEGATRON_RLTD_CUDA
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// torch's function for the current stream of a GPU, or null. It is looked up in the process: linked,
+// it would keep this library from loading in a torch for CPUs, and a weak symbol stays null because
+// Python loads torch's libraries with RTLD_LOCAL.
+CurrentStream current_stream() {
+  static const auto found = [] {
+    constexpr char kName[] = "aoti_torch_get_current_cuda_stream";
+    void* function = dlsym(RTLD_DEFAULT, kName);  // a torch linked in one piece
+    void* library =
+        function == nullptr ? dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+    if (library != nullptr) function = dlsym(library, kName);
+    return reinterpret_cast<CurrentStream>(function);
+  }();
+  return found;
+}
+
+// Continues "the kernels are".
+constexpr char kNoStreams[] =
+    "built for CUDA, but this torch has no function aoti_torch_get_current_cuda_stream: its "
+    "libtorch_cuda.so is not loaded, which a torch for CPUs or for AMD GPUs lacks; install a torch "
+    "2.10 or newer for CUDA";
+#endif
+
 // Runs on_gpu(stream) on the tensor's GPU, or each of n items on the CPU, at least grain a thread.
 template <typename OnGpu, typename Item>
 void run(const Tensor& tensor, const OnGpu& on_gpu, int64_t n, int64_t grain, const Item& item) {
 #if defined(MEGATRON_RLTD_CUDA)
   if (tensor.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+    STD_TORCH_CHECK(current_stream() != nullptr, "megatron_rltd: the kernels are ", kNoStreams);
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream()(tensor.get_device_index(), &stream));
     const int error = on_gpu(stream);
     STD_TORCH_CHECK(error == 0, "megatron_rltd: ", error_text(error));
     return;
@@ -63,8 +112,10 @@ void move_rows(const Tensor& tensor, const Move& move) {
 
 void check_hidden(const Tensor& hidden, const char* name) {
   STD_TORCH_CHECK(hidden.dim() == 3, name, " must be [s, b, h], got ", hidden.dim(), " dimensions");
-  STD_TORCH_CHECK(hidden.size(0) * hidden.size(1) < std::numeric_limits<int32_t>::max() / 2, name,
-                  " has s * b = ", hidden.size(0) * hidden.size(1), " rows, too many");
+  STD_TORCH_CHECK(hidden.size(0) * hidden.size(1) < kMost, name, " has s * b = ",
+                  hidden.size(0) * hidden.size(1), " rows, too many");
+  STD_TORCH_CHECK(hidden.size(2) * static_cast<int64_t>(hidden.element_size()) < kMost, name,
+                  " has h = ", hidden.size(2), ", too long a row");
 }
 
 void check_indices(const Tensor& indices, const Tensor& hidden, const char* name) {
@@ -213,13 +264,12 @@ Tensor sample(int64_t seed, const Tensor& layer_numbers, const Tensor& samples, 
   STD_TORCH_CHECK(strata > 0 && seq_length % strata == 0 && kept_tokens % strata == 0,
                   "s = ", seq_length, " and k = ", kept_tokens, " must be multiples of the strata, ",
                   strata);
-  STD_TORCH_CHECK(0 <= kept_tokens && kept_tokens <= seq_length &&
-                      seq_length <= std::numeric_limits<int32_t>::max() / 2,
+  STD_TORCH_CHECK(0 <= kept_tokens && kept_tokens <= seq_length && seq_length < kMost,
                   "k = ", kept_tokens, " must be between 0 and s = ", seq_length);
   const Tensor layers = torch::stable::contiguous(layer_numbers);
   const Tensor drawn_for = torch::stable::contiguous(samples);
   const int64_t strata_in_all = layers.size(0) * drawn_for.size(0) * strata;
-  STD_TORCH_CHECK(strata_in_all < std::numeric_limits<int32_t>::max(), "l * b * strata = ",
+  STD_TORCH_CHECK(strata_in_all < kMost, "l * b * strata = ",
                   strata_in_all, " is too many");
   Tensor kept = torch::stable::new_empty(samples, {layers.size(0), samples.size(0), kept_tokens},
                                          ScalarType::Int);
@@ -236,7 +286,7 @@ Tensor sample(int64_t seed, const Tensor& layer_numbers, const Tensor& samples, 
   sampling.num_kept = static_cast<int32_t>(kept_tokens / strata);
   run(
       samples, [&](void* stream) { return launch_sampling(sampling, stream); }, strata_in_all, 1,
-      [&](int64_t number) { sample_stratum(sampling, number); });
+      [&](int64_t number) { sample_stratum(sampling, static_cast<int32_t>(number)); });
   return kept;
 }
 
@@ -255,6 +305,9 @@ Tensor select_mask(const Tensor& mask, const Tensor& rows, const Tensor& columns
   const Tensor column_index = torch::stable::contiguous(columns);
   const bool one_row = mask.size(2) == 1;
   const int64_t num_rows = one_row ? 1 : row_index.size(1);
+  const int64_t out_rows = mask.size(0) * mask.size(1) * num_rows;
+  STD_TORCH_CHECK(out_rows < kMost && column_index.size(1) < kMost, "mask: b * a * k = ", out_rows,
+                  " rows to select are too many");
   Tensor out = torch::stable::new_empty(
       mask, {mask.size(0), mask.size(1), num_rows, column_index.size(1)});
   MaskSelection selection{};
@@ -269,14 +322,16 @@ Tensor select_mask(const Tensor& mask, const Tensor& rows, const Tensor& columns
   selection.heads = static_cast<int32_t>(mask.size(1));
   selection.num_rows = static_cast<int32_t>(num_rows);
   selection.num_columns = static_cast<int32_t>(column_index.size(1));
-  const int64_t out_rows = mask.size(0) * mask.size(1) * num_rows;
   run(
       mask, [&](void* stream) { return launch_select_mask(selection, stream); }, out_rows, 16,
       [&](int64_t row) {
-        const uint8_t* from = mask_row(selection, row);
-        const int32_t* column = mask_columns(selection, row);
-        uint8_t* to = selection.out + row * selection.num_columns;
-        for (int32_t j = 0; j < selection.num_columns; ++j) to[j] = from[column[j]];
+        const auto out_row = static_cast<int32_t>(row);
+        const int32_t number = out_row / selection.num_rows;
+        const int32_t i = out_row - number * selection.num_rows;
+        const MaskPart part = mask_part(selection, number);
+        const uint8_t* from = mask_row(selection, part, i);
+        uint8_t* to = part.out + static_cast<int64_t>(i) * selection.num_columns;
+        for (int32_t j = 0; j < selection.num_columns; ++j) to[j] = from[part.columns[j]];
       });
   return out;
 }
@@ -297,5 +352,13 @@ void implement(torch::stable::detail::StableLibrary& library) {
 STABLE_TORCH_LIBRARY_IMPL(megatron_rltd, CPU, library) { megatron_rltd::implement(library); }
 
 #ifdef MEGATRON_RLTD_CUDA
-STABLE_TORCH_LIBRARY_IMPL(megatron_rltd, CUDA, library) { megatron_rltd::implement(library); }
+// Only if they can run: else tensors on a GPU go through the reference.
+STABLE_TORCH_LIBRARY_IMPL(megatron_rltd, CUDA, library) {
+  if (megatron_rltd::current_stream() != nullptr) megatron_rltd::implement(library);
+}
+
+// For megatron_rltd/kernels.py: why there are none for GPUs, or null. Not there in a build for CPUs.
+extern "C" __attribute__((visibility("default"))) const char* megatron_rltd_without_cuda() {
+  return megatron_rltd::current_stream() == nullptr ? megatron_rltd::kNoStreams : nullptr;
+}
 #endif

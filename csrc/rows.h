@@ -123,16 +123,26 @@ struct MaskSelection {
   int32_t batch, heads, num_rows, num_columns;
 };
 
-HOST_DEVICE const uint8_t* mask_row(const MaskSelection& s, int64_t out_row) {
-  const int64_t i = out_row % s.num_rows;
-  const int64_t head = out_row / s.num_rows % s.heads;
-  const int64_t sample = out_row / s.num_rows / s.heads;
-  const int64_t row = s.row_stride == 0 ? 0 : s.rows[sample * s.num_rows + i];
-  return s.mask + sample * s.sample_stride + head * s.head_stride + row * s.row_stride;
+// What concerns one head of one sample, of which there are fewer than 2^31 rows in all; the caller
+// checks that.
+struct MaskPart {
+  const uint8_t* mask;     // [s or 1, s]
+  const int32_t* rows;     // [i]
+  const int32_t* columns;  // [j]
+  uint8_t* out;            // [i, j]
+};
+
+HOST_DEVICE MaskPart mask_part(const MaskSelection& s, int32_t number) {
+  const int32_t sample = number / s.heads;
+  const int32_t head = number - sample * s.heads;
+  return {s.mask + sample * s.sample_stride + head * s.head_stride,
+          s.rows + static_cast<int64_t>(sample) * s.num_rows,
+          s.columns + static_cast<int64_t>(sample) * s.num_columns,
+          s.out + static_cast<int64_t>(number) * s.num_rows * s.num_columns};
 }
 
-HOST_DEVICE const int32_t* mask_columns(const MaskSelection& s, int64_t out_row) {
-  return s.columns + out_row / s.num_rows / s.heads * s.num_columns;
+HOST_DEVICE const uint8_t* mask_row(const MaskSelection& s, const MaskPart& part, int32_t i) {
+  return part.mask + (s.row_stride == 0 ? 0 : part.rows[i] * s.row_stride);
 }
 
 int launch_select_mask(const MaskSelection& selection, void* stream);

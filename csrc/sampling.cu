@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) sampling_kernel(const Sampling sampl
   __shared__ uint32_t bins[kThreads];
   __shared__ uint64_t of_warps[kWarps];
   __shared__ uint32_t found_bin, found_before, found_count;
-  const Stratum stratum = stratum_of(sampling, blockIdx.x);
+  const Stratum stratum = stratum_of(sampling, static_cast<int32_t>(blockIdx.x));
   const int32_t own = threadIdx.x * kItems;  // first position of this thread in a tile
 
   uint64_t drawn[kItems];

@@ -62,15 +62,15 @@ struct Stratum {
   int32_t* kept;  // where its kept positions go
 };
 
-HOST_DEVICE Stratum stratum_of(const Sampling& sampling, int64_t number) {
-  const int64_t slice = number % sampling.strata;
-  const int64_t row = number / sampling.strata;  // of [l * b, k]
+HOST_DEVICE Stratum stratum_of(const Sampling& sampling, int32_t number) {
+  const int32_t row = number / sampling.strata;  // of [l * b, k]
+  const int32_t slice = number - row * sampling.strata;
   return {sampling.layers[row / sampling.batch], sampling.samples[row % sampling.batch],
-          static_cast<int32_t>(slice) * sampling.length, sampling.kept + number * sampling.num_kept};
+          slice * sampling.length, sampling.kept + static_cast<int64_t>(number) * sampling.num_kept};
 }
 
 // On the CPU: the kept positions of one stratum.
-void sample_stratum(const Sampling& sampling, int64_t number);
+void sample_stratum(const Sampling& sampling, int32_t number);
 
 // On the GPU, on a stream; returns a cudaError_t.
 int launch_sampling(const Sampling& sampling, void* stream);

@@ -7,7 +7,7 @@
 
 namespace megatron_rltd {
 
-void sample_stratum(const Sampling& sampling, int64_t number) {
+void sample_stratum(const Sampling& sampling, int32_t number) {
   const Stratum stratum = stratum_of(sampling, number);
   std::vector<uint64_t> drawn(sampling.length);
   for (int32_t offset = 0; offset < sampling.length; ++offset) {

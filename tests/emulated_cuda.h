@@ -13,7 +13,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define LAUNCH(kernel, blocks, threads, stream, ...) \
   emulated::launch(blocks, threads, [&] { kernel(__VA_ARGS__); })
 
@@ -64,19 +64,24 @@ namespace emulated {
 
 template <typename Kernel>
 void launch(int64_t blocks, int threads, const Kernel& kernel) {
-  for (int64_t number = 0; number < blocks; ++number) {
-    block = std::make_unique<std::barrier<>>(threads);
-    std::vector<std::thread> all;
-    for (int i = 0; i < threads; ++i) {
-      all.emplace_back([&, i] {
-        threadIdx.x = static_cast<unsigned>(i);
+  const auto next_block = [threads]() noexcept {
+    block = std::make_unique<std::barrier<>>(threads);  // threads that returned left the last one
+  };
+  next_block();
+  std::barrier between_blocks(threads, next_block);
+  std::vector<std::thread> all;
+  for (int i = 0; i < threads; ++i) {
+    all.emplace_back([&, i] {
+      threadIdx.x = static_cast<unsigned>(i);
+      for (int64_t number = 0; number < blocks; ++number) {
         blockIdx.x = static_cast<unsigned>(number);
         kernel();
         block->arrive_and_drop();
-      });
-    }
-    for (auto& thread : all) thread.join();
+        between_blocks.arrive_and_wait();
+      }
+    });
   }
+  for (auto& thread : all) thread.join();
 }
 
 }  // namespace emulated

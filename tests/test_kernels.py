@@ -1,5 +1,6 @@
 """The compiled kernels: built here, and held against the reference by the tests of the ops."""
 
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rltd import kernels
+from megatron_rltd import kernels, ops
+from tests.op_cases import OPERATIONS
 from tests.parallel import ROOT, environment
 
 TORCH = Path(torch.__file__).parent
@@ -24,7 +26,8 @@ CUDA = next(
 )
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here")
 needs_nvcc = pytest.mark.skipif(
-    not (CUDA and shutil.which("c++")), reason="no CUDA toolkit with nvcc here"
+    not (CUDA and torch.version.cuda and shutil.which("c++")),
+    reason="no CUDA toolkit with nvcc here, or a torch without CUDA",
 )
 EXACT = "library or compile"  # the tests that compare with the reference
 
@@ -58,17 +61,28 @@ def run_tests(library: Path, *arguments: str) -> str:
     return result.stdout.splitlines()[-1]
 
 
+def python(code: str, library: Path, **more: str) -> subprocess.CompletedProcess:
+    """Run code in a new Python that loads a library."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**environment(), "MEGATRON_RLTD_KERNELS": str(library), **more},
+        capture_output=True,
+        text=True,
+    )
+
+
 def kernels_of(library: Path, device: str) -> str:
     """Return what `kernels.missing_for` says with a library."""
     code = f"from megatron_rltd import kernels, ops; print(kernels.missing_for({device!r}))"
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**environment(), "MEGATRON_RLTD_KERNELS": str(library)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = python(code, library)
+    assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def for_gpus(tmp_path_factory) -> tuple[Path, str]:
+    """The library for GPUs, which takes long to build, and what building it printed."""
+    return build(tmp_path_factory.mktemp("gpu"), cuda="1")
 
 
 @needs_compiler
@@ -77,21 +91,99 @@ def test_kernels_for_the_cpu(tmp_path):
     assert kernels_of(library, "cpu") == "None"
     assert "built without CUDA" in kernels_of(library, "cuda")
     assert "passed" in run_tests(library, "tests/test_ops.py", "tests/test_layer.py")
+    # torch's own errors, such as that of too little memory, reach the user.
+    result = python(TOO_MUCH_MEMORY, library)
+    assert "RuntimeError: megatron_rltd: " in result.stderr
+    assert "can't allocate memory" in result.stderr
+
+
+TOO_MUCH_MEMORY = """
+import torch
+from megatron_rltd import ops
+hidden, indices = torch.zeros(2**20, 1, 1), torch.arange(2**20, dtype=torch.int32)[None]
+ops.gather_tokens(hidden.expand(-1, -1, 2**27), indices)
+"""
 
 
 @needs_nvcc
-def test_kernels_for_gpus_compile_without_spills(tmp_path):
-    library, output = build(tmp_path, cuda="1")
+def test_kernels_for_gpus_compile_without_spills(for_gpus):
+    library, output = for_gpus
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", output)
-    # 5 moves of 5 widths, a mask, 2 samplings, each for 3 architectures.
-    assert len(spills) == (5 * 5 + 1 + 2) * 3
+    # 5 moves of 5 widths, 2 masks, 2 samplings, each for 3 architectures.
+    assert len(spills) == (5 * 5 + 2 + 2) * 3
     assert set(spills) == {("0", "0", "0")}
+    # An SM has 65,536 registers: four blocks of 256 threads, for enough loads in flight.
+    used = re.findall(r"'(\w+)' for 'sm_90'.*?Used (\d+) registers", output, re.DOTALL)
+    wide = {name: int(n) for name, n in used if "move_kernel" in name and "uint4" in name}
+    assert len(wide) == 5
+    assert max(wide.values()) <= 64, wide
     assert kernels_of(library, "cuda") == "None"
     # No CUDA library beside torch's own, whose version would have to agree.
     needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True).stdout
     assert "libtorch_cpu" in needed
     assert "libcudart" not in needed
     assert "passed" in run_tests(library, "tests/test_ops.py", "-k", EXACT)
+
+
+EVERY_OP = """
+import json, torch
+from megatron_rltd import kernels, ops
+from megatron_rltd.random_ltd import ConfigError, RandomLTD, RandomLTDConfig
+from tests.op_cases import OPERATIONS, random_case
+said = {"missing": kernels.missing_for("cuda")}
+case = random_case((6, 2, 8, 4, 2), torch.float32, seed=0)
+for name, operation in OPERATIONS.items():
+    try:
+        operation(torch.ops.megatron_rltd, case)
+    except RuntimeError as error:
+        said[name] = str(error)
+try:
+    RandomLTD(RandomLTDConfig(ramp_iters=9, backend="cuda"))
+except ConfigError as error:
+    said["refused"] = str(error)
+RandomLTD(RandomLTDConfig(ramp_iters=9, backend="auto"))
+print(json.dumps(said))
+"""
+
+
+def errors_of_ops(library: Path, folder: Path, *flags: str) -> dict[str, str]:
+    """Return what each op says of tensors that tests/gpu_stand_in.cpp makes the GPU's."""
+    stand_in = folder / "stand_in.so"
+    source = ["tests/gpu_stand_in.cpp", "-o", str(stand_in)]
+    subprocess.run(["c++", "-shared", "-fPIC", *flags, *source], cwd=ROOT, check=True)
+    # Where there is a GPU, CUDA would take their addresses for its own.
+    result = python(EVERY_OP, library, LD_PRELOAD=str(stand_in), CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, (result.returncode, result.stderr[-2000:])
+    said = json.loads(result.stdout)
+    assert {name.rstrip("_") for name in ops._SCHEMAS} <= set(OPERATIONS)
+    assert set(OPERATIONS) <= set(said), "an op took these for tensors on the CPU"
+    printed = "an error in torch, which has printed it"  # before 2.13
+    return {k: v and v.replace(printed, result.stderr) for k, v in said.items()}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("error", ["CUDA error: ", ""], ids=["torch's", "the launch's"])
+def test_every_op_on_a_gpu_gets_to_cuda_and_says_what_fails(for_gpus, tmp_path, error):
+    said = errors_of_ops(for_gpus[0], tmp_path, *([] if error else ["-DSTREAM"]))
+    assert said["missing"] is None
+    assert "refused" not in said
+    no_gpu = f"megatron_rltd: .*{error}(CUDA driver version|no CUDA-capable device)"
+    for name in OPERATIONS:
+        assert re.search(no_gpu, said[name], re.DOTALL)
+        assert ("CUDA error: " in said[name]) == bool(error)
+
+
+@needs_nvcc
+def test_a_torch_without_cuda_streams_has_no_kernels_for_gpus(for_gpus, tmp_path):
+    said = errors_of_ops(for_gpus[0], tmp_path, "-DWITHOUT_LIBTORCH_CUDA")
+    reason = (
+        "built for CUDA, but this torch has no function aoti_torch_get_current_cuda_stream: "
+        "its libtorch_cuda.so is not loaded"
+    )
+    assert reason in said["missing"]
+    assert re.search(f"--random-ltd-backend cuda: .*{reason}.*backend auto", said["refused"])
+    for name in OPERATIONS:
+        assert f"megatron_rltd: the kernels are {reason}" in said[name]
 
 
 @needs_compiler
