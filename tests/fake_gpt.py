@@ -6,6 +6,7 @@ Shapes: s sequence length, b micro batch, n heads, d head size, t = b * s tokens
 import contextlib
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -309,7 +310,7 @@ def _train(case: Case, model: Any, guard: Guard, result: Result) -> None:
     begin_step(2)  # another k
     first = forward(0)
     last = forward(1)
-    result.forward, in_all = dict(guard.launched), guard.launched_by_all
+    result.forward, in_all = dict(guard.launched), Counter(guard.launched_by_all)
     first.backward()  # after the last one's forward, as in a pipeline
     guard.start()
     last.backward()

@@ -51,7 +51,9 @@ def _device() -> torch.device:
 
 
 def install() -> None:
-    """Register the device and let fake tensors say that it is "cuda"."""
+    """Register the device and let fake tensors say that it is "cuda"; once in a process."""
+    if hasattr(torch, NAME):
+        return
     _setup_privateuseone_for_python_backend(NAME)
 
     def device(self: FakeTensor) -> torch.device:

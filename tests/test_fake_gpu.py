@@ -3,70 +3,60 @@
 One process runs all cases; see tests/fake_gpu.py for how, and docs/testing.md for what this shows.
 """
 
-import dataclasses
+import json
+from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
-from tests import fake_faults, fake_gpt
+from tests import fake_faults, fake_gpt, op_counts
 from tests.fake_gpt import Case
+from tests.op_counts import COUNTED, FULL
 from tests.parallel import run
 
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 GROUPS = {**FULL, "recompute_num_layers": 4}
 SOME = {**FULL, "recompute_method": "block", "recompute_num_layers": 3}
 CORE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-FUSED = {"apply_rope_fusion": True}
+IN_GROUPS = {**FULL, "apply_rope_fusion": True, "num_query_groups": 2}
 
 CASES: dict[str, Case] = {
+    **COUNTED,
     "dense": Case(dropping=False, rotary=True, mask="documents"),
-    "learned positions": Case(),
-    "rope": Case(rotary=True),
-    "causal mask": Case(mask="causal"),
-    "rope and documents": Case(rotary=True, mask="documents"),
-    "plain torch": Case(rotary=True, mask="documents", backend="torch"),
     "shared indices": Case(rotary=True, mask="documents", random_ltd={"shared_indices": True}),
-    "neighbours apart": Case(layers=6, rotary=True, random_ltd={"layers": "2,4-5"}),
-    "recompute": Case(rotary=True, mask="documents", options=FULL),
+    "no neighbours": Case(layers=6, rotary=True, random_ltd={"layers": "2,4-5"}),
     "recompute in groups": Case(layers=6, rotary=True, options=GROUPS),
     "recompute some layers": Case(layers=5, rotary=True, options=SOME),
     "recompute attention": Case(rotary=True, options=CORE),
-    "fused rope": Case(rotary=True, options=FUSED),
-    "fused rope, recomputed, queries in groups": Case(
-        rotary=True, options={**FUSED, **FULL, "num_query_groups": 2}
-    ),
-    "padding mask": Case(rotary=True, padding=True),
-    "packed": Case(packed="dense"),
-    "packed, rope, padded": Case(rotary=True, packed="padded"),
-    "packed, rope, recomputed, plain torch": Case(
+    "rope, fused, recompute, queries in groups": Case(rotary=True, options=IN_GROUPS),
+    "padding mask": Case(padding=True),
+    "packed, padded": Case(packed="padded"),
+    "rope, packed, recompute, plain torch": Case(
         rotary=True, packed="dense", options=FULL, backend="torch"
     ),
-    "packed under TP and SP": Case(rotary=True, packed="dense", tensor_parallel=2, rank=1),
-    "TP and SP, rank 0": Case(rotary=True, mask="documents", tensor_parallel=2),
-    "TP and SP, rank 1, recomputed": Case(rotary=True, tensor_parallel=2, rank=1, options=FULL),
-    "TP and SP, plain torch": Case(tensor_parallel=2, rank=1, backend="torch"),
-    "CP, TP and SP": Case(rotary=True, context_parallel=2, tensor_parallel=2, rank=3),
+    "rope, packed, TP and SP": Case(rotary=True, packed="dense", tensor_parallel=2, rank=1),
+    "documents, TP and SP, rank 0": Case(mask="documents", tensor_parallel=2),
+    "rope, TP and SP, recompute": Case(rotary=True, tensor_parallel=2, rank=1, options=FULL),
+    "plain torch, TP and SP": Case(tensor_parallel=2, rank=1, backend="torch"),
     "last pipeline stage": Case(layers=8, rotary=True, first_stage=False, rank=1),
 }
+LARGER = {name: op_counts.with_more_layers(case) for name, case in COUNTED.items()}
 # What a fault is put into.
 WITH_FAULT = Case(rotary=True, mask="documents", options=FULL)
 
 
-def _all(cases: dict[str, Case], faults: dict[str, fake_faults.Fault]) -> dict[str, Any]:
-    from tests import fake_gpu
-
-    fake_gpu.install()
-    results = {name: dataclasses.asdict(fake_gpt.run(case)) for name, case in cases.items()}
+def _all() -> dict[str, Any]:
+    results = {"cases": op_counts.run_cases(CASES), "larger": op_counts.run_cases(LARGER)}
     found = {}
-    for name, fault in faults.items():
+    for name, fault in fake_faults.FAULTS.items():
         with fake_faults.put(fault):
             found[name] = fake_gpt.run(WITH_FAULT).found
-    return {"cases": results, "faults": found}
+    return {**results, "faults": found}
 
 
 @pytest.fixture(scope="module")
 def results():
-    (result,) = run(1, _all, CASES, fake_faults.FAULTS)
+    (result,) = run(1, _all)
     return result
 
 
@@ -78,6 +68,22 @@ def test_nothing_waits_copies_or_is_on_the_cpu(name, results):
         assert len(result["forward"]) > 3 and result["backward"], "our code was not seen"
     else:
         assert not result["forward"] and not result["backward"]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_launches_are_those_of_the_golden_file(name, results):
+    golden = json.loads(op_counts.GOLDEN.read_text())
+    if name == op_counts.PLAIN_TORCH and golden["torch"] != torch.__version__.split("+")[0]:
+        pytest.skip(f"torch {golden['torch']} counted; another has other ops")
+    counted = op_counts.count(name, results["cases"], results["larger"])
+    assert counted == golden["micro-batch"][name], "python -m tests.op_counts says more"
+
+
+def test_nothing_is_launched_that_is_not_counted(results):
+    """All that a pass launches more than a dense one is what was counted as ours."""
+    ours, dense = (results["cases"][name] for name in ("rope, documents", "dense"))
+    counted = Counter(ours["forward"]) + Counter(ours["backward"])
+    assert Counter(ours["all"]) == Counter(dense["all"]) + counted
 
 
 @pytest.mark.parametrize("name", fake_faults.FAULTS)
