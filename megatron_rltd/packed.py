@@ -42,18 +42,14 @@ def kept_packed_seq_params(packed: Any, positions: Tensor, length: int) -> Any:
     Source: ``megatron/core/packed_seq_params.py``.
     """
     changes: dict[str, Any] = {}
+    made: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
     for side in ("q", "kv"):
         offsets = getattr(packed, f"cu_seqlens_{side}")
         padded = getattr(packed, f"cu_seqlens_{side}_padded")
-        if padded is None:
-            changes[f"cu_seqlens_{side}"] = _kept_before(offsets, positions)
-            continue
-        # Padding follows each document: what begins at a padded offset ends where its tokens do.
-        begin = _kept_before(padded, positions)
-        end = _kept_before(padded[:-1] + offsets.diff(), positions)
-        changes[f"cu_seqlens_{side}_padded"] = begin
-        lengths = (end - begin[:-1]).cumsum(0, dtype=torch.int32)
-        changes[f"cu_seqlens_{side}"] = torch.nn.functional.pad(lengths, (1, 0))
+        key = id(offsets), id(padded)  # Megatron gives the same ones for queries and keys
+        if key not in made:
+            made[key] = _kept_offsets(offsets, padded, positions)
+        changes[f"cu_seqlens_{side}"], changes[f"cu_seqlens_{side}_padded"] = made[key]
     kept = positions.size(1)
     names = {field.name for field in dataclasses.fields(packed)}
     if "total_tokens" in names and packed.total_tokens is not None:
@@ -82,6 +78,19 @@ def kept_packed_angles(angles: Tensor, packed: Any, positions: Tensor, length: i
         document = torch.searchsorted(offsets[1:], positions[0], right=True)
         rows = rows - offsets[document].long()
     return angles.index_select(0, rows)
+
+
+def _kept_offsets(
+    offsets: Tensor, padded: Tensor | None, positions: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the offsets of the kept tokens' documents and, if given, those with padding."""
+    if padded is None:
+        return _kept_before(offsets, positions), None
+    # Padding follows each document: what begins at a padded offset ends where its tokens do.
+    begin = _kept_before(padded, positions)
+    end = _kept_before(padded[:-1] + offsets.diff(), positions)
+    lengths = (end - begin[:-1]).cumsum(0, dtype=torch.int32)
+    return torch.nn.functional.pad(lengths, (1, 0)), begin
 
 
 def _kept_before(offsets: Tensor, positions: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_rltd import RandomLTD, RandomLTDConfig
-from megatron_rltd.layer import check_arguments
+from megatron_rltd.layer import KeptTokens, angles_of_layers, check_arguments
 from megatron_rltd.packed import flatten_samples, kept_packed_angles, kept_packed_seq_params
 from tests import gpt
 from tests.parallel import run
@@ -82,6 +82,16 @@ def test_angles_are_those_of_the_position_in_the_document(rows):
     for row, position in zip(got, positions[0].tolist(), strict=True):
         start = 0 if rows == T else max(o for o in OFFSETS if o <= position)
         assert torch.equal(row, angles[position - start])
+
+
+@pytest.mark.parametrize("rows", [12, T])
+def test_angles_of_all_layers_at_once(rows):
+    angles, sets = torch.randn(rows, 1, 1, 4), [kept_positions(seed=seed) for seed in (1, 2, 3)]
+    kept = {n: KeptTokens(rows=i, local=i, positions=i, length=T) for n, i in enumerate(sets)}
+    at_once = angles_of_layers(angles, kept, packed())
+    for number, positions in enumerate(sets):
+        alone = kept_packed_angles(angles, packed(), positions, T)
+        assert torch.equal(at_once[number], alone)
 
 
 @pytest.fixture(scope="module")
