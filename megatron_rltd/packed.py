@@ -32,7 +32,8 @@ def flatten_samples(positions: Tensor, samples: int, seq_length: int) -> Tensor:
 def kept_packed_seq_params(packed: Any, positions: Tensor, length: int) -> Any:
     """Return the ``PackedSeqParams`` of the kept tokens.
 
-    The longest document's length stays what it was: it needs only be an upper bound.
+    The longest document's length stays what it was: it needs only be an upper bound. What only
+    Mamba layers read is left out: to make it Megatron waits for the GPU.
 
     Args:
         packed: ``PackedSeqParams`` in the format "thd"; offsets are [n + 1] int32.
@@ -50,12 +51,10 @@ def kept_packed_seq_params(packed: Any, positions: Tensor, length: int) -> Any:
         if key not in made:
             made[key] = _kept_offsets(offsets, padded, positions)
         changes[f"cu_seqlens_{side}"], changes[f"cu_seqlens_{side}_padded"] = made[key]
-    kept = positions.size(1)
     names = {field.name for field in dataclasses.fields(packed)}
-    if "total_tokens" in names and packed.total_tokens is not None:
-        changes["total_tokens"] = kept
+    changes |= dict.fromkeys(names & {"total_tokens", "seq_idx"})
     if "tokens_per_sample" in names and packed.tokens_per_sample is not None:
-        changes["tokens_per_sample"] = packed.tokens_per_sample * kept // length
+        changes["tokens_per_sample"] = packed.tokens_per_sample * positions.size(1) // length
     return dataclasses.replace(packed, **changes)
 
 
@@ -84,8 +83,10 @@ def _kept_offsets(
     offsets: Tensor, padded: Tensor | None, positions: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Return the offsets of the kept tokens' documents and, if given, those with padding."""
-    if padded is None:
-        return _kept_before(offsets, positions), None
+    if padded is None or padded is offsets:
+        # Transformer Engine takes the very same tensor as the word that nothing is padded.
+        kept = _kept_before(offsets, positions)
+        return kept, None if padded is None else kept
     # Padding follows each document: what begins at a padded offset ends where its tokens do.
     begin = _kept_before(padded, positions)
     end = _kept_before(padded[:-1] + offsets.diff(), positions)

@@ -92,6 +92,13 @@ FAULTS: dict[str, Fault] = {
         "x = kwargs['hidden_states']\nkwargs['hidden_states'] = x + x.mean().to('cpu').to('cuda')",
         COPIES,
     ),
+    "in a data structure of Megatron's": Fault(
+        "layer:subsample",
+        "import torch\nfrom megatron.core.packed_seq_params import PackedSeqParams\n"
+        "offsets = torch.arange(3, device=kept.rows.device)\n"
+        "PackedSeqParams('thd', offsets, offsets, total_tokens=9)",
+        WAITS,
+    ),
     "tokens on the CPU": Fault("token_drop:Run.enter", "indices = indices.cpu()", COPIES),
     "buffer not contiguous": Fault(
         "ops:_Merge.forward", "buffer = buffer.transpose(0, 1)", "not contiguous"

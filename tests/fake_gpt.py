@@ -30,7 +30,7 @@ class Case:
     Attributes:
         layers: All, of which the first and the last do not drop.
         mask: None, "causal" [1, 1, s, s] or "documents" [b, 1, s, s].
-        packed: None, "dense" or "padded", which says as a further argument where padding is.
+        packed: None, "dense", "one tensor" for offsets with and without padding, or "padded".
         padding: Whether with a padding mask [b, s].
         options: Of the ``TransformerConfig``.
         random_ltd: Of the ``RandomLTDConfig``.
@@ -114,18 +114,21 @@ def _norm(cls, config, hidden_size, eps=1e-5, **kwargs):
     return norm
 
 
-def _model(case: Case):
+def _model(case: Case, attention: Any):
     """Return a GPTModel on the fake device, in training mode."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     config = _megatron_config(case)
-    spec = get_gpt_layer_local_spec()
+    layer = get_gpt_layer_local_spec()
     if case.packed or case.context_parallel > 1 or config.apply_rope_fusion:
-        spec.submodules.self_attention.submodules.core_attention = Attention
+        layer.submodules.self_attention.submodules.core_attention = attention or Attention
+    count = case.layers if case.first_stage else case.layers // 2
     model = GPTModel(
         config,
-        spec,
+        TransformerBlockSubmodules([layer] * count, WrappedTorchNorm),
         VOCAB,
         SEQ,
         position_embedding_type="rope" if case.rotary else "learned_absolute",
@@ -224,15 +227,18 @@ def _inputs(case: Case) -> dict[str, Any]:
         from megatron.core.packed_seq_params import PackedSeqParams
 
         offsets = torch.tensor([0, 9, SEQ, 3 * SEQ], dtype=torch.int32, device="cuda")
-        padded = dict.fromkeys(("cu_seqlens_q_padded", "cu_seqlens_kv_padded"), offsets)
+        padded = {"dense": None, "one tensor": offsets, "padded": offsets + 1}[case.packed]
         arguments["packed_seq_params"] = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=offsets,
             cu_seqlens_kv=offsets,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
             max_seqlen_q=2 * SEQ,
             max_seqlen_kv=2 * SEQ,
-            **(padded if case.packed == "padded" else {}),
         )
+        # Makes seq_idx where params are made, for Mamba.
+        arguments["packed_seq_params"].total_tokens = BATCH * SEQ
     return arguments
 
 
@@ -258,12 +264,16 @@ class Result:
     all: dict[str, int] = field(default_factory=dict)
 
 
-def run(case: Case) -> Result:
-    """Run two steps of two micro-batches, the first as the warm-up; count the last of them."""
+def run(case: Case, attention: Any = None) -> Result:
+    """Run a micro-batch to warm up, and two of a later step; count the last of them.
+
+    Args:
+        attention: What to use instead of `Attention`.
+    """
     result = Result()
     _forget()
     with _stand_ins(), _layout(case):
-        model = _model(case)
+        model = _model(case, attention)
         with fake_gpu.active() as guard:
             try:
                 to_device(model)

@@ -5,14 +5,15 @@ its backward pass needs a driver where the device is CUDA. So the tensors are on
 out-of-tree backends, which can be registered in Python, and every "cuda" that Python code names or
 asks for is that device. All code above torch's dispatcher runs unmodified, forward and backward.
 
-The guard sees each op that reaches the device and who called it: the innermost frame of
-megatron_rltd or of Megatron. For ours it raises `NotOnAGpu` where a GPU would have to be waited
-for, where memory is copied between it and the host, and where a tensor is on the CPU.
+The guard sees each op that reaches the device and who called it. For our code it raises
+`NotOnAGpu` where a GPU would have to be waited for, where memory is copied between it and the
+host, and where a tensor is on the CPU.
 
 `install` cannot be undone: use it in a process of its own.
 """
 
 import contextlib
+import functools
 import sys
 import threading
 from collections import Counter
@@ -36,6 +37,7 @@ NAME = "fake_gpu"  # to torch's C++; Python code sees "cuda"
 CUDA = torch.device("cuda", 0)
 OURS = str(Path(megatron_rltd.__file__).parent)
 NOT_OURS: set[str] = set()  # files of stand-ins for others' code that ours calls
+_THEIRS = {"forward", "checkpoint", "__call__"}  # of layers, and of their recomputation
 _LABEL = "megatron_rltd"  # of autograd nodes that our code made
 
 _state = threading.local()
@@ -48,6 +50,12 @@ class NotOnAGpu(AssertionError):
 
 def _device() -> torch.device:
     return torch.device(NAME, 0)
+
+
+@functools.cache
+def _mode() -> FakeTensorMode:
+    # One for all: tensors of different modes do not mix, and Transformer Engine caches some.
+    return FakeTensorMode()
 
 
 def install() -> None:
@@ -85,14 +93,21 @@ def _named(value: Any) -> Any:
 
 
 def caller() -> tuple[bool, str]:
-    """Return whether our code is the innermost of ours and Megatron's, and which line it is at."""
+    """Return whether our code called, and which line of it.
+
+    The innermost frame of ours or Megatron's counts. What Megatron's data structures and helpers
+    do for us is ours too; what its layers do, which we call on kept tokens, is theirs.
+    """
     frame: FrameType | None = sys._getframe(1)
+    entered = None  # the function of Megatron's that the code further out has called
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(OURS):
             name = f"{Path(file).relative_to(Path(OURS).parent)}:{frame.f_lineno}"
-            return True, f"{name} in {frame.f_code.co_name}"
-        if "/megatron/" in file or file in NOT_OURS:
+            return entered not in _THEIRS, f"{name} in {frame.f_code.co_name}"
+        if "/megatron/" in file:
+            entered = frame.f_code.co_name
+        elif file in NOT_OURS:
             return False, ""
         frame = frame.f_back
     return False, ""
@@ -322,7 +337,7 @@ def active() -> Iterator[Guard]:
         mock.patch.multiple(torch.cuda, **random),
         mock.patch.multiple(torch.cuda.random, **random),
         mock.patch.object(FakeTensor, "__repr__", shown),
-        FakeTensorMode(),
+        _mode(),
         guard,
         _Names(guard),
     ):

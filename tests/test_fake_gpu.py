@@ -31,6 +31,7 @@ CASES: dict[str, Case] = {
     "rope, fused, recompute, queries in groups": Case(rotary=True, options=IN_GROUPS),
     "padding mask": Case(padding=True),
     "packed, padded": Case(packed="padded"),
+    "packed, padded nowhere": Case(packed="one tensor"),
     "rope, packed, recompute, plain torch": Case(
         rotary=True, packed="dense", options=FULL, backend="torch"
     ),

@@ -75,6 +75,27 @@ def test_padding_between_documents_stays_padding():
     assert got.cu_seqlens_q.tolist() == [0, 2, 4]  # of 0 4 | 6, and 8 9 | 15
 
 
+def test_offsets_that_are_one_tensor_stay_one():
+    """Transformer Engine sees by that, without waiting for the GPU, that nothing is padded."""
+    params = packed()
+    params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = params.cu_seqlens_q
+    got = kept_packed_seq_params(params, kept_positions(), T)
+    assert got.cu_seqlens_q_padded is got.cu_seqlens_q
+    assert got.cu_seqlens_kv_padded is got.cu_seqlens_kv
+    alone = kept_packed_seq_params(packed(), kept_positions(), T)
+    assert torch.equal(got.cu_seqlens_q, alone.cu_seqlens_q)
+
+
+def test_what_only_mamba_reads_is_left_out():
+    names = {field.name for field in dataclasses.fields(PackedSeqParams)}
+    if "seq_idx" not in names:
+        pytest.skip("this Megatron's packed sequences know nothing of Mamba")
+    params = packed(total_tokens=T)
+    assert params.seq_idx is not None
+    got = kept_packed_seq_params(params, kept_positions(), T)
+    assert got.seq_idx is None and got.total_tokens is None
+
+
 @pytest.mark.parametrize("rows", [12, T])
 def test_angles_are_those_of_the_position_in_the_document(rows):
     angles, positions = torch.randn(rows, 1, 1, 4), kept_positions()
