@@ -32,6 +32,7 @@ class Case:
         mask: None, "causal" [1, 1, s, s] or "documents" [b, 1, s, s].
         packed: None, "dense", "one tensor" for offsets with and without padding, or "padded".
         padding: Whether with a padding mask [b, s].
+        fp8_recompute: Recompute as Megatron does under FP8, but in bfloat16.
         options: Of the ``TransformerConfig``.
         random_ltd: Of the ``RandomLTDConfig``.
     """
@@ -47,6 +48,7 @@ class Case:
     first_stage: bool = True
     backend: str = "auto"
     dropping: bool = True
+    fp8_recompute: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     random_ltd: dict[str, Any] = field(default_factory=dict)
 
@@ -123,7 +125,7 @@ def _model(case: Case, attention: Any):
 
     config = _megatron_config(case)
     layer = get_gpt_layer_local_spec()
-    if case.packed or case.context_parallel > 1 or config.apply_rope_fusion:
+    if attention or case.packed or case.context_parallel > 1 or config.apply_rope_fusion:
         layer.submodules.self_attention.submodules.core_attention = attention or Attention
     count = case.layers if case.first_stage else case.layers // 2
     model = GPTModel(
@@ -198,8 +200,13 @@ def _stand_ins() -> Iterator[None]:
         assert freqs.device == t.device
         return t * freqs[:1, 0, :, :1].to(t.dtype)
 
+    def no_fp8(*args, **kwargs):
+        return contextlib.nullcontext()
+
     fused = patches._fused_apply_rotary_pos_emb(_rotary_kernel)
     with (
+        mock.patch("megatron.core.recompute.get_fp8_context", no_fp8),
+        mock.patch("megatron.core.transformer.transformer_block.get_fp8_context", no_fp8),
         mock.patch.object(CudaRNGStatesTracker, "fork", fork),
         mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", fused),
         mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", fused),
@@ -277,6 +284,8 @@ def run(case: Case, attention: Any = None) -> Result:
         with fake_gpu.active() as guard:
             try:
                 to_device(model)
+                if case.fp8_recompute:
+                    model.decoder.config.fp8 = "hybrid"
                 _train(case, model, guard, result)
             except fake_gpu.NotOnAGpu:
                 pass  # it is in guard.found
