@@ -203,3 +203,18 @@ def _patched() -> str:
 def test_patches_apply():
     (got,) = run(1, _patched)
     assert got == "fused_rotary megatron.core.extensions.transformer_engine"
+
+
+def _planned() -> str:
+    """Return what Megatron's optimizer is where a run is planned, on the CPU."""
+    import megatron.core.optimizer
+
+    from megatron_rltd import cpu
+
+    with cpu.enabled():
+        return megatron.core.optimizer.Adam.__name__
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_runs_are_planned_on_machines_without_a_gpu():
+    assert run(1, _planned) == ["GroupStepAdam"]
