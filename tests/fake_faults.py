@@ -28,7 +28,7 @@ class Fault:
     seen_in: str = ""
 
 
-IN_BLOCK, IN_LAYER = "block:plan_recomputation", "layer:forward"
+IN_BLOCK = "block:plan_recomputation"
 KEPT = "next(iter(kept.values())).rows"
 WAITS, COPIES = "waits for the GPU", "copies from the GPU"
 ON_CPU = "a tensor on the CPU"
@@ -73,6 +73,17 @@ FAULTS: dict[str, Fault] = {
     "equal": Fault("layer:subsample", "kept.rows.equal(kept.local)", WAITS),
     "printed": Fault("layer:subsample", "str(kept.rows)", "prints a tensor"),
     "synchronize": Fault("layer:subsample", "import torch; torch.cuda.synchronize()", WAITS),
+    "synchronize any": Fault(
+        "layer:subsample", "import torch; torch.accelerator.synchronize()", WAITS
+    ),
+    "array": Fault(
+        "layer:subsample",
+        "import numpy, torch\ntorch.from_numpy(numpy.arange(3)).to(kept.rows.device)",
+        ON_CPU,
+    ),
+    "collective": Fault(
+        "layer:subsample", "import torch; torch.distributed.all_reduce(kept.rows)", "other ranks"
+    ),
     "stream": Fault(
         "layer:subsample", "import torch; torch.cuda.current_stream().synchronize()", WAITS
     ),

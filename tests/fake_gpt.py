@@ -272,7 +272,7 @@ class Result:
 
 
 def run(case: Case, attention: Any = None) -> Result:
-    """Run a micro-batch to warm up, and two of a later step; count the last of them.
+    """Run a micro-batch to warm up, and one of a later step, with another k, that is counted.
 
     Args:
         attention: What to use instead of `Attention`.
@@ -311,30 +311,23 @@ def _train(case: Case, model: Any, guard: Guard, result: Result) -> None:
     random_ltd = RandomLTD(RandomLTDConfig(**{**config, **case.random_ltd})).attach(model)
     arguments = _inputs(case)
 
-    def forward(micro_batch: int) -> Tensor:
+    def forward(iteration: int) -> Tensor:
         guard.start()
-        random_ltd.begin_micro_batch(micro_batch)
+        if case.dropping:
+            random_ltd.begin_step(iteration, 1000)
+            assert random_ltd.is_dropping
+        random_ltd.begin_micro_batch(1)
         if not case.first_stage:
             model.set_input_tensor(_stage_input(case))
         return model(**arguments).sum()
 
-    def begin_step(iteration: int) -> None:
-        if case.dropping:
-            random_ltd.begin_step(iteration, 1000)
-            assert random_ltd.is_dropping
-
-    begin_step(0)
     forward(0).backward()
     guard.warming_up = False
-    begin_step(2)  # another k
-    first = forward(0)
-    last = forward(1)
+    loss = forward(2)  # another k
     result.forward, in_all = dict(guard.launched), Counter(guard.launched_by_all)
-    first.backward()  # after the last one's forward, as in a pipeline
     guard.start()
-    last.backward()
+    loss.backward()
     result.backward, result.all = dict(guard.launched), dict(in_all + guard.launched_by_all)
-    random_ltd.end_step()
 
 
 def _described(error: Exception) -> str:

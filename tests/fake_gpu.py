@@ -7,7 +7,7 @@ asks for is that device. All code above torch's dispatcher runs unmodified, forw
 
 The guard sees each op that reaches the device and who called it. For our code it raises
 `NotOnAGpu` where a GPU would have to be waited for, where memory is copied between it and the
-host, and where a tensor is on the CPU.
+host, where a tensor is on the CPU, and where other ranks are asked.
 
 `install` cannot be undone: use it in a process of its own.
 """
@@ -235,6 +235,8 @@ class Guard(TorchDispatchMode):
                 self.report("waits for the GPU to count what a mask selects", name, where)
         elif name == "aten._local_scalar_dense.default" or set(_WAITING_TAGS) & set(func.tags):
             self.report("waits for the GPU", name, where)
+        if func.namespace == "c10d":
+            self.report("asks other ranks", name, where)
         on_cpu = [x for x in inputs if x.device.type == "cpu"]
         if on_cpu and not self.warming_up:
             self.report("a tensor on the CPU", name, where)
@@ -294,22 +296,25 @@ class _Stream(contextlib.AbstractContextManager):
         return method
 
 
+def _waits(guard: Guard, name: str) -> Callable:
+    """Return what stands for a function that waits for the GPU."""
+
+    def function(*args, **kwargs):
+        ours, where = caller()
+        if ours:
+            guard.report("waits for the GPU", f"torch.cuda.{name}", where)
+
+    return function
+
+
 def _cuda_functions(guard: Guard) -> dict[str, Callable]:
     """Return what stands for torch.cuda's functions that need a driver."""
-
-    def waits(name: str) -> Callable:
-        def function(*args, **kwargs):
-            ours, where = caller()
-            if ours:
-                guard.report("waits for the GPU", f"torch.cuda.{name}", where)
-
-        return function
 
     def stream(*args, **kwargs):
         return _Stream(guard)
 
     return {
-        **{name: waits(name) for name in ("synchronize", "empty_cache", "mem_get_info")},
+        **{name: _waits(guard, name) for name in ("synchronize", "empty_cache", "mem_get_info")},
         **dict.fromkeys(("current_stream", "default_stream", "stream", "Stream", "Event"), stream),
         "current_device": lambda: 0,
         "device_count": lambda: 1,
@@ -333,6 +338,7 @@ def active() -> Iterator[Guard]:
     )
     with (
         mock.patch.multiple(torch.cuda, **_cuda_functions(guard)),
+        mock.patch.object(torch.accelerator, "synchronize", _waits(guard, "synchronize")),
         mock.patch.multiple(torch, **random),
         mock.patch.multiple(torch.cuda, **random),
         mock.patch.multiple(torch.cuda.random, **random),
