@@ -5,6 +5,7 @@ Two processes run all cases; see tests/fake_gpu.py for how, and docs/testing.md 
 
 import json
 import os
+import re
 from collections import Counter
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from tests import fake_faults, fake_gpt, op_counts
 from tests.fake_gpt import Case
 from tests.op_counts import COUNTED, FULL
-from tests.parallel import run
+from tests.parallel import ROOT, run
 
+PAGE = ROOT / "docs" / "testing.md"
 GROUPS = {**FULL, "recompute_num_layers": 4}
 SOME = {**FULL, "recompute_method": "block", "recompute_num_layers": 3}
 CORE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-IN_GROUPS = {**FULL, "apply_rope_fusion": True, "num_query_groups": 2}
+GROUPED = {**FULL, "apply_rope_fusion": True, "num_query_groups": 2}
 
 CASES: dict[str, Case] = {
     **COUNTED,
@@ -29,7 +31,7 @@ CASES: dict[str, Case] = {
     "recompute in groups": Case(layers=6, rotary=True, options=GROUPS),
     "recompute some layers": Case(layers=5, rotary=True, options=SOME),
     "recompute attention": Case(rotary=True, options=CORE),
-    "rope, fused, recompute, queries in groups": Case(rotary=True, options=IN_GROUPS),
+    "rope, fused, recompute, queries in groups": Case(rotary=True, options=GROUPED),
     "padding mask": Case(padding=True),
     "packed, padded": Case(packed="padded"),
     "packed, padded nowhere": Case(packed="one tensor"),
@@ -82,6 +84,15 @@ def test_launches_are_those_of_the_golden_file(name, results):
         pytest.skip(f"torch {golden['torch']} counted; another has other ops")
     counted = op_counts.count(name, results["cases"], results["larger"])
     assert counted == golden["micro-batch"][name], "python -m tests.op_counts says more"
+
+
+def test_the_page_has_the_golden_figures():
+    golden = json.loads(op_counts.GOLDEN.read_text())["micro-batch"]
+    rows = re.findall(r"^\| (.+) \| (.*n.*) \| (.*n.*) \|$", PAGE.read_text(), re.MULTILINE)
+    assert len(rows) > 5
+    for name, forward, backward in rows:
+        counts = golden[name]
+        assert (counts["forward"]["all"], counts["backward"]["all"]) == (forward, backward)
 
 
 def test_nothing_is_launched_that_is_not_counted(results):
