@@ -188,7 +188,7 @@ def _rotary_kernel(t: Tensor, freqs: Tensor, interleaved: bool = False) -> Tenso
 
 
 @contextlib.contextmanager
-def _stand_ins() -> Iterator[None]:
+def _stand_ins(case: Case) -> Iterator[None]:
     """What Megatron has from Transformer Engine, and what it waits for the GPU with by itself."""
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
@@ -204,15 +204,18 @@ def _stand_ins() -> Iterator[None]:
         return contextlib.nullcontext()
 
     fused = patches._fused_apply_rotary_pos_emb(_rotary_kernel)
-    with (
-        mock.patch("megatron.core.recompute.get_fp8_context", no_fp8),
-        mock.patch("megatron.core.transformer.transformer_block.get_fp8_context", no_fp8),
-        mock.patch.object(CudaRNGStatesTracker, "fork", fork),
-        mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", fused),
-        mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", fused),
-        mock.patch.object(rope_utils, "_apply_rotary_pos_emb_thd", packed_rotary),
-        mock.patch("megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__", _norm),
-    ):
+    with contextlib.ExitStack() as stack:
+        if case.fp8_recompute:
+            for module in ("recompute", "transformer.transformer_block"):
+                stack.enter_context(mock.patch(f"megatron.core.{module}.get_fp8_context", no_fp8))
+        for stand_in in (
+            mock.patch.object(CudaRNGStatesTracker, "fork", fork),
+            mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", fused),
+            mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", fused),
+            mock.patch.object(rope_utils, "_apply_rotary_pos_emb_thd", packed_rotary),
+            mock.patch("megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__", _norm),
+        ):
+            stack.enter_context(stand_in)
         yield
 
 
@@ -279,7 +282,7 @@ def run(case: Case, attention: Any = None) -> Result:
     """
     result = Result()
     _forget()
-    with _stand_ins(), _layout(case):
+    with _stand_ins(case), _layout(case):
         model = _model(case, attention)
         with fake_gpu.active() as guard:
             try:
