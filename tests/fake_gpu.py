@@ -35,7 +35,7 @@ import megatron_rltd
 
 NAME = "fake_gpu"  # to torch's C++; Python code sees "cuda"
 CUDA = torch.device("cuda", 0)
-OURS = str(Path(megatron_rltd.__file__).parent)
+OURS = f"{Path(megatron_rltd.__file__).parent}/"
 NOT_OURS: set[str] = set()  # files of stand-ins for others' code that ours calls
 _THEIRS = {"forward", "checkpoint", "__call__"}  # of layers, and of their recomputation
 _LABEL = "megatron_rltd"  # of autograd nodes that our code made
@@ -105,7 +105,7 @@ def caller() -> tuple[bool, str]:
         if file.startswith(OURS):
             name = f"{Path(file).relative_to(Path(OURS).parent)}:{frame.f_lineno}"
             return entered not in _THEIRS, f"{name} in {frame.f_code.co_name}"
-        if "/megatron/" in file:
+        if "/megatron/core/" in file:
             entered = frame.f_code.co_name
         elif file in NOT_OURS:
             return False, ""
