@@ -64,6 +64,7 @@ def prepare(script: Path, args: list[str]) -> None:
     """Do what must be done before the script imports Megatron.
 
     Raises:
+        ConfigError: There is no GPU here, and Megatron cannot do without in this environment.
         RuntimeError: This Megatron is not one that random-LTD was tested with.
     """
     # The script's folder comes first, as if python had been started with it: in a clone of
@@ -79,6 +80,9 @@ def prepare(script: Path, args: list[str]) -> None:
 
     on_cpu = cpu.is_needed()
     if on_cpu:
+        problem = cpu.why_no_training()
+        if problem:
+            raise ConfigError([problem])
         cpu.enable()
         if is_first:
             print("megatron_rltd: no CUDA device here, running on the CPU (gloo)", flush=True)

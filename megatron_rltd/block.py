@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_rltd.layer import KeptTokens, forward
 
@@ -55,6 +56,34 @@ def plan_recomputation(
     if stored > rows * -(-len(layers) // group):
         return frozenset(), True
     return frozenset(n.layer_number for n in layers), False
+
+
+def plan_angles(
+    rotary: Any, kept: dict[int, KeptTokens], hidden_states: Tensor, recomputed: bool
+) -> bool:
+    """Decide whether the rotary angles of all dropped layers are gathered at once.
+
+    That is one gather for a micro-batch instead of one for each layer, and each layer's angles
+    last as long as any's. Where layers are recomputed they last until then, beside the hidden
+    states of the kept tokens; that is done if both together take no more memory than the hidden
+    states of all tokens would, so that a step that drops nothing still needs the most. Else each
+    layer gathers its own, and gathers them again in recomputation.
+
+    Args:
+        rotary: The block's ``rotary_pos_emb``: None, angles or a tuple of them.
+        hidden_states: [s, b, h], those of this rank.
+        recomputed: Whether any layer is recomputed as a whole.
+    """
+    given = rotary if isinstance(rotary, (tuple, list)) else (rotary,)
+    tables = {id(table): table for table in given if table is not None}.values()
+    if not kept or not tables or not recomputed:
+        return bool(kept and tables)
+    layer = next(iter(kept.values()))  # all keep equally many
+    samples, tokens = layer.local.shape
+    angles = sum(tokens * max(samples, t.size(1)) * t.size(-1) * t.itemsize for t in tables)
+    rows, batch, width = hidden_states.shape
+    dropped_rows = rows - layer.rows.size(1)
+    return angles <= dropped_rows * batch * width * hidden_states.itemsize
 
 
 def plan_run_ends(

@@ -35,6 +35,8 @@ def main() -> int:
     rows.append(("tested with", ", ".join(versions.tested_versions())))
     _print(rows)
     problems = versions.problems()
+    no_training = cpu.why_no_training() if cpu.is_needed() else None
+    problems += [no_training] if no_training else []
     print("\nPatched with --random-ltd:")
     for patch in versions.rows(patches.PATCHES):
         found = patching.check(patch, versions.known())

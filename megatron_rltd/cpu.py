@@ -13,6 +13,7 @@ Shapes below: s sequence, b micro batch, n heads, d head size, c context-paralle
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import types
@@ -50,6 +51,16 @@ CPU_ARGUMENTS: dict[str, Any] = {
 def is_needed() -> bool:
     """Return whether this machine has no CUDA device."""
     return not torch.cuda.is_available()
+
+
+def why_no_training() -> str | None:
+    """Return why Megatron cannot train on the CPU in this environment, or None if it can."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    return (
+        "Transformer Engine is installed here, and Megatron uses it, which needs a GPU: to train "
+        "without one use an environment without it (tools/environment.sh makes one)"
+    )
 
 
 def _is_cuda(device: Any) -> bool:
@@ -255,11 +266,15 @@ PATCHES: tuple[Patch, ...] = (
         "megatron.core.optimizer:Adam",
         _is(cpu_modules.GroupStepAdam),
         _ADAM,
-        copies=("torch", _DISTRIBUTED_OPTIMIZER),
+        copies=("torch", "transformer_engine", _DISTRIBUTED_OPTIMIZER),
     ),
     Patch("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", _is(False), _ADAM),
     Patch(
-        f"{_DISTRIBUTED_OPTIMIZER}:Adam", _is(cpu_modules.GroupStepAdam), _ADAM, copies=("torch",)
+        f"{_DISTRIBUTED_OPTIMIZER}:Adam",
+        _is(cpu_modules.GroupStepAdam),
+        _ADAM,
+        # Both are Transformer Engine's where that is installed.
+        copies=("torch", "transformer_engine", "megatron.core.optimizer"),
     ),
     Patch(f"{_DISTRIBUTED_OPTIMIZER}:HAVE_APEX_OR_TE", _is(True), _ADAM),
     Patch(f"{_DISTRIBUTED_OPTIMIZER}:USING_APEX_OPTIMIZER", _is(True), _ADAM),

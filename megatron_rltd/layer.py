@@ -8,10 +8,12 @@ Shapes: s sequence length, b micro batch, h hidden size, d rotary size, k kept t
 c context-parallel size.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_rltd.ops import gather_tokens, select_mask
@@ -48,6 +50,8 @@ class MicroBatch:
         kept: Layer number to its kept tokens; a layer that is absent processes all.
         run_ends: Numbers of the dropped layers that give back real hidden states.
         recomputed: Numbers of the layers to checkpoint here, around the kept tokens only.
+        rotary: The block's own ``rotary_pos_emb``, if `angles` holds what is made of it.
+        angles: Layer number to the kept tokens' ``rotary_pos_emb``.
         run: The open run, if the last dropped layer was none of `run_ends`.
     """
 
@@ -55,6 +59,8 @@ class MicroBatch:
     kept: dict[int, KeptTokens]
     run_ends: frozenset[int]
     recomputed: frozenset[int] = frozenset()
+    rotary: Any = None
+    angles: dict[int, Any] = field(default_factory=dict)
     run: Run = field(default_factory=Run)
 
 
@@ -83,9 +89,13 @@ def forward(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> tuple[
         hidden_states = micro_batch.run.enter(hidden_states, kept.rows)
 
     def run(hidden_states: Tensor) -> tuple[Tensor, Any]:
-        # Angles and masks of the kept tokens are made anew in recomputation: kept for backward,
-        # they could outweigh the hidden states that are not stored.
-        arguments = kwargs if kept is None else subsample(kwargs, kept)
+        # Masks of the kept tokens are made anew in recomputation: kept for backward, they could
+        # outweigh the hidden states that are not stored. Angles: `block.plan_angles`.
+        arguments = kwargs
+        if kept is not None:
+            is_ready = kwargs.get("rotary_pos_emb") is micro_batch.rotary
+            angles = micro_batch.angles.get(layer.layer_number) if is_ready else None
+            arguments = subsample(kwargs, kept, angles)
         return original(hidden_states=hidden_states, **arguments)
 
     if layer.layer_number in micro_batch.recomputed:
@@ -134,8 +144,12 @@ def check_arguments(arguments: dict[str, Any], config: Any) -> None:
         raise RuntimeError(f"random-LTD: {what} and fused rotary embeddings: --no-rope-fusion")
 
 
-def subsample(arguments: dict[str, Any], kept: KeptTokens) -> dict[str, Any]:
-    """Return a layer's arguments, but for the hidden states, as they are for the kept tokens."""
+def subsample(arguments: dict[str, Any], kept: KeptTokens, angles: Any = None) -> dict[str, Any]:
+    """Return a layer's arguments, but for the hidden states, as they are for the kept tokens.
+
+    Args:
+        angles: What ``rotary_pos_emb`` becomes, if it is known already.
+    """
     result = dict(arguments)
     packed = arguments.get("packed_seq_params")
     if packed is not None:
@@ -146,18 +160,61 @@ def subsample(arguments: dict[str, Any], kept: KeptTokens) -> dict[str, Any]:
             return kept_packed_angles(angles, packed, kept.positions, kept.length)
         return kept_angles(angles, kept.local)
 
-    rotary = arguments.get("rotary_pos_emb")
-    if isinstance(rotary, (tuple, list)):  # queries' and keys', or local and global
-        result["rotary_pos_emb"] = tuple(
-            None if angles is None else kept_rotary(angles) for angles in rotary
-        )
-    elif rotary is not None:
-        result["rotary_pos_emb"] = kept_rotary(rotary)
+    if angles is None:
+        angles = _of_each(arguments.get("rotary_pos_emb"), kept_rotary)
+    if angles is not None:
+        result["rotary_pos_emb"] = angles
     if arguments.get("attention_mask") is not None:
         result["attention_mask"] = kept_mask(arguments["attention_mask"], kept)
     if arguments.get("padding_mask") is not None:
         result["padding_mask"] = kept_padding(arguments["padding_mask"], kept)
     return result
+
+
+def _of_each(rotary: Any, function: Callable) -> Any:
+    """Apply a function to ``rotary_pos_emb``: angles, or a tuple of queries' and keys' (or local
+    and global) angles, some of which may be None.
+    """
+    if isinstance(rotary, (tuple, list)):
+        return tuple(None if angles is None else function(angles) for angles in rotary)
+    return None if rotary is None else function(rotary)
+
+
+def angles_of_layers(rotary: Any, kept: dict[int, KeptTokens], packed: Any) -> dict[int, Any]:
+    """Return what ``rotary_pos_emb`` is for the kept tokens of every layer, gathered at once.
+
+    Args:
+        rotary: The block's ``rotary_pos_emb``, as `subsample` takes it.
+        kept: Layer number to its kept tokens.
+        packed: Its ``PackedSeqParams`` or None.
+
+    Returns:
+        Layer number to what `subsample` makes of it, views of one tensor.
+    """
+    layers = list(kept.values())
+    gathered: dict[int, Tensor] = {}
+
+    def gather(angles: Tensor) -> Tensor:
+        if packed is not None:
+            positions = torch.cat([layer.positions for layer in layers]).view(1, -1)
+            of_all = kept_packed_angles(angles, packed, positions, layers[0].length)
+            return of_all.unflatten(0, (len(layers), -1))
+        rows = torch.stack([layer.local.t() for layer in layers])  # [l, k/c, b or 1]
+        batch = angles.size(1)
+        if batch > 1:
+            rows = rows * batch + torch.arange(batch, dtype=rows.dtype, device=rows.device)
+        of_all = angles.flatten(0, 2).index_select(0, rows.flatten())
+        return of_all.view(*rows.shape, 1, angles.size(-1))
+
+    def of_layer(number: int, angles: Tensor) -> Tensor:
+        if id(angles) not in gathered:  # queries and keys may share theirs
+            gathered[id(angles)] = gather(angles)
+        return gathered[id(angles)][number]
+
+    return {
+        name: _of_each(rotary, functools.partial(of_layer, number))
+        for number, name in enumerate(kept)
+    }
 
 
 def kept_angles(angles: Tensor, local: Tensor) -> Tensor:
@@ -192,7 +249,8 @@ def kept_mask(mask: Tensor, kept: KeptTokens) -> Tensor:
 
 def kept_padding(mask: Tensor, kept: KeptTokens) -> Tensor:
     """Return the columns of a padding mask [b, s on this rank] that belong to kept tokens."""
-    return mask.gather(1, kept.rows.long().expand(mask.size(0), -1))
+    columns = kept.rows.expand(mask.size(0), -1)
+    return select_mask(mask[:, None, None], columns, columns)[:, 0, 0]
 
 
 def fused_rotary(original: Callable, t: Tensor, freqs: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,6 +15,7 @@ Shapes: s sequence length, b micro batch, n micro-batches of a pass.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -170,20 +171,31 @@ def _is_packed(value: Any) -> bool:
 def _join_packed(params: Sequence[Any], tokens: int) -> Any:
     """Return the ``PackedSeqParams`` of micro-batches of `tokens` tokens, laid end to end."""
     joined: dict[str, Any] = {}
+    made: dict[int, Tensor] = {}  # what Megatron gives as one tensor stays one: see `packed`
     for name in ("q", "kv", "q_padded", "kv_padded"):
         offsets = [getattr(p, f"cu_seqlens_{name}") for p in params]
-        if offsets[0] is not None:
+        if offsets[0] is None:
+            continue
+        if id(offsets[0]) not in made:
             # Megatron lays samples end to end in the same way: a micro-batch begins where the last
             # one ends (``megatron/core/utils.py:_merge_cu_seqlens_across_micro_batch``).
             later = [own[1:] + i * tokens for i, own in enumerate(offsets[1:], 1)]
-            joined[f"cu_seqlens_{name}"] = torch.cat([offsets[0], *later])
+            made[id(offsets[0])] = torch.cat([offsets[0], *later])
+        joined[f"cu_seqlens_{name}"] = made[id(offsets[0])]
     for name in ("max_seqlen_q", "max_seqlen_kv"):
         longest = [getattr(p, name) for p in params]
         if longest[0] is not None:
             joined[name] = max(longest)
-    if getattr(params[0], "total_tokens", None) is not None:
-        joined["total_tokens"] = sum(p.total_tokens for p in params)
-    return dataclasses.replace(params[0], **joined)
+    fields = {field.name for field in dataclasses.fields(params[0])}
+    # Set afterwards: to make seq_idx of total_tokens Megatron waits for the GPU.
+    joined |= dict.fromkeys(fields & {"total_tokens", "seq_idx"})
+    result = dataclasses.replace(params[0], **joined)
+    if getattr(params[0], "seq_idx", None) is not None:
+        result.total_tokens = sum(p.total_tokens for p in params)
+        before = itertools.accumulate(p.cu_seqlens_q.numel() for p in params)
+        later = [p.seq_idx + n for p, n in zip(params[1:], before, strict=False)]
+        result.seq_idx = torch.cat([params[0].seq_idx, *later], dim=1)
+    return result
 
 
 def _part(output: Any, index: int, count: int, dim: int) -> Any:

@@ -32,7 +32,8 @@ def flatten_samples(positions: Tensor, samples: int, seq_length: int) -> Tensor:
 def kept_packed_seq_params(packed: Any, positions: Tensor, length: int) -> Any:
     """Return the ``PackedSeqParams`` of the kept tokens.
 
-    The longest document's length stays what it was: it needs only be an upper bound.
+    The longest document's length stays what it was: it needs only be an upper bound. What only
+    Mamba layers read is left out: to make it Megatron waits for the GPU.
 
     Args:
         packed: ``PackedSeqParams`` in the format "thd"; offsets are [n + 1] int32.
@@ -42,24 +43,18 @@ def kept_packed_seq_params(packed: Any, positions: Tensor, length: int) -> Any:
     Source: ``megatron/core/packed_seq_params.py``.
     """
     changes: dict[str, Any] = {}
+    made: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
     for side in ("q", "kv"):
         offsets = getattr(packed, f"cu_seqlens_{side}")
         padded = getattr(packed, f"cu_seqlens_{side}_padded")
-        if padded is None:
-            changes[f"cu_seqlens_{side}"] = _kept_before(offsets, positions)
-            continue
-        # Padding follows each document: what begins at a padded offset ends where its tokens do.
-        begin = _kept_before(padded, positions)
-        end = _kept_before(padded[:-1] + offsets.diff(), positions)
-        changes[f"cu_seqlens_{side}_padded"] = begin
-        lengths = (end - begin[:-1]).cumsum(0, dtype=torch.int32)
-        changes[f"cu_seqlens_{side}"] = torch.nn.functional.pad(lengths, (1, 0))
-    kept = positions.size(1)
+        key = id(offsets), id(padded)  # Megatron gives the same ones for queries and keys
+        if key not in made:
+            made[key] = _kept_offsets(offsets, padded, positions)
+        changes[f"cu_seqlens_{side}"], changes[f"cu_seqlens_{side}_padded"] = made[key]
     names = {field.name for field in dataclasses.fields(packed)}
-    if "total_tokens" in names and packed.total_tokens is not None:
-        changes["total_tokens"] = kept
+    changes |= dict.fromkeys(names & {"total_tokens", "seq_idx"})
     if "tokens_per_sample" in names and packed.tokens_per_sample is not None:
-        changes["tokens_per_sample"] = packed.tokens_per_sample * kept // length
+        changes["tokens_per_sample"] = packed.tokens_per_sample * positions.size(1) // length
     return dataclasses.replace(packed, **changes)
 
 
@@ -82,6 +77,21 @@ def kept_packed_angles(angles: Tensor, packed: Any, positions: Tensor, length: i
         document = torch.searchsorted(offsets[1:], positions[0], right=True)
         rows = rows - offsets[document].long()
     return angles.index_select(0, rows)
+
+
+def _kept_offsets(
+    offsets: Tensor, padded: Tensor | None, positions: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the offsets of the kept tokens' documents and, if given, those with padding."""
+    if padded is None or padded is offsets:
+        # Transformer Engine takes the very same tensor as the word that nothing is padded.
+        kept = _kept_before(offsets, positions)
+        return kept, None if padded is None else kept
+    # Padding follows each document: what begins at a padded offset ends where its tokens do.
+    begin = _kept_before(padded, positions)
+    end = _kept_before(padded[:-1] + offsets.diff(), positions)
+    lengths = (end - begin[:-1]).cumsum(0, dtype=torch.int32)
+    return torch.nn.functional.pad(lengths, (1, 0)), begin
 
 
 def _kept_before(offsets: Tensor, positions: Tensor) -> Tensor:

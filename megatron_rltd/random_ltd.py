@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_rltd import kernels, ops, routers, versions
 from megatron_rltd import layer as dropped_layer
-from megatron_rltd.block import check_layers, plan_recomputation, plan_run_ends
+from megatron_rltd.block import check_layers, plan_angles, plan_recomputation, plan_run_ends
 from megatron_rltd.config import (
     ConfigError,
     Model,
@@ -214,7 +214,13 @@ class RandomLTD:
         kept = self._kept(block, dropped, hidden_states, packed is not None)
         recomputed, grouped = plan_recomputation(block, kept, hidden_states.size(0))
         ends = plan_run_ends(block, set(dropped), call.get("extract_layer_indices") or (), grouped)
-        return MicroBatch(packed, kept, ends, recomputed)
+        micro_batch = MicroBatch(packed, kept, ends, recomputed)
+        rotary = call.get("rotary_pos_emb")
+        # Megatron recomputes groups with copies of the arguments, of which nothing is known here.
+        if not grouped and plan_angles(rotary, kept, hidden_states, bool(recomputed)):
+            micro_batch.rotary = rotary
+            micro_batch.angles = dropped_layer.angles_of_layers(rotary, kept, packed)
+        return micro_batch
 
     def _samples(self, block: Any, batch: int, device: torch.device) -> Tensor:
         """Return the global indices of the samples of a pass, [batch] int64.
@@ -313,16 +319,19 @@ def _rows_of(positions: Tensor, on_rank: list[int], seq_length: int, strata: int
     if on_rank == list(range(strata)):
         return positions
     length = seq_length // strata
+    shifts = tuple((row - stratum) * length for row, stratum in enumerate(on_rank))
     index = _on_device(tuple(on_rank), positions.device)
-    shift = (torch.arange(len(on_rank), device=positions.device) - index) * length
-    chosen = positions.unflatten(-1, (strata, -1))[:, :, index] + shift[:, None]
-    return chosen.flatten(-2).to(torch.int32)
+    shift = _on_device(shifts, positions.device, positions.dtype)
+    chosen = positions.unflatten(-1, (strata, -1)).index_select(2, index)
+    return chosen.add_(shift[:, None]).flatten(-2)
 
 
 @functools.cache
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+def _on_device(
+    numbers: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
     # Cached since the copy to a GPU waits for all it has to do.
-    return torch.tensor(numbers, device=device)
+    return torch.tensor(numbers, device=device, dtype=dtype)
 
 
 @functools.cache

@@ -57,6 +57,23 @@ def test_data_that_the_bundled_script_does_not_read(flag):
     assert only_error(output).strip() == f"- {flag}: use the pretrain_gpt.py of Megatron-LM"
 
 
+def _main_with_transformer_engine(argv):
+    import importlib.util
+    from unittest import mock
+
+    with mock.patch.object(importlib.util, "find_spec", lambda name: name):
+        return _main(argv)
+
+
+@pytest.mark.parametrize("line", [f"pretrain_gpt {BASE}", "--check"])
+def test_no_training_on_a_cpu_with_transformer_engine(line):
+    (result,) = run_all(1, _main_with_transformer_engine, line.split())
+    assert result["value"] == (1 if line == "--check" else 2)
+    assert "Traceback" not in result["output"]
+    assert "Transformer Engine is installed here" in result["output"]
+    assert "an environment without it" in result["output"]
+
+
 def test_check_lists_every_patch():
     status, output = cli("--check")
     assert status == 0

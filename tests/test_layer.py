@@ -1,8 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from megatron_rltd.block import plan_angles
 from megatron_rltd.layer import (
     KeptTokens,
+    MicroBatch,
+    angles_of_layers,
+    forward,
     fused_rotary,
     kept_angles,
     kept_mask,
@@ -85,6 +91,84 @@ def test_subsample_touches_what_depends_on_positions_only():
     assert torch.equal(got["attention_mask"], kept_mask(mask, KEPT))
     assert got["sequence_len_offset"] == 3
     assert arguments["attention_mask"] is mask
+
+
+def layers_kept(positions=INDICES):
+    """Return what three layers keep, of which the second keeps other tokens."""
+    other = torch.flip(S - 1 - positions, dims=[1])
+    sets = {3: positions, 4: other, 7: positions}
+    return {n: KeptTokens(rows=i, local=i, positions=i, length=S) for n, i in sets.items()}
+
+
+@pytest.mark.parametrize("local", [INDICES, INDICES[:1]], ids=["own", "shared"])
+@pytest.mark.parametrize("batch", [1, B])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_angles_of_all_layers_at_once(local, batch, dtype):
+    angles, kept = torch.randn(S, batch, 1, 4).to(dtype), layers_kept(local)
+    at_once = angles_of_layers(angles, kept, None)
+    assert at_once.keys() == kept.keys()
+    for number, layer in kept.items():
+        alone = subsample({"rotary_pos_emb": angles}, layer)["rotary_pos_emb"]
+        assert torch.equal(at_once[number], alone)
+        assert at_once[number].is_contiguous(), "the fused kernel would copy it"
+        given = subsample({"rotary_pos_emb": angles}, layer, at_once[number])
+        assert given["rotary_pos_emb"] is at_once[number]
+    assert not torch.equal(at_once[3], at_once[4])
+
+
+def test_angles_in_tuples_at_once():
+    first, second, kept = torch.randn(S, 1, 1, 4), torch.randn(S, 1, 1, 2), layers_kept()
+    for rotary in [(first, second), (first, None), [first, first]]:
+        at_once = angles_of_layers(rotary, kept, None)
+        for number, layer in kept.items():
+            alone = subsample({"rotary_pos_emb": rotary}, layer)["rotary_pos_emb"]
+            for ours, theirs in zip(at_once[number], alone, strict=True):
+                assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+def test_a_layer_that_is_given_other_angles_than_its_block_uses_those():
+    kept, hidden = layers_kept(), torch.randn(S, B, 2)
+    of_block, others = torch.randn(S, 1, 1, 4), torch.randn(S, 1, 1, 4)
+    layer = SimpleNamespace(layer_number=4)
+    for rotary in (of_block, others, None):
+        micro_batch = MicroBatch(
+            None,
+            kept,
+            run_ends=frozenset(kept),
+            rotary=of_block,
+            angles=angles_of_layers(of_block, kept, None),
+        )
+        _, got = forward(
+            layer,
+            lambda hidden_states, rotary_pos_emb, **kwargs: (hidden_states, rotary_pos_emb),
+            hidden_states=hidden,
+            rotary_pos_emb=rotary,
+            packed_seq_params=micro_batch,
+        )
+        if rotary is None:
+            assert got is None
+        else:
+            assert torch.equal(got, kept_angles(rotary, kept[4].local))
+        assert (got is micro_batch.angles[4]) == (rotary is of_block)
+
+
+@pytest.mark.parametrize(
+    ("width", "recomputed", "at_once"),
+    # 3 of 8 tokens of 3 samples are kept: angles of 4 float32 against 5 rows of hidden states.
+    [(1, False, True), (2, True, False), (3, True, True), (5, True, True)],
+)
+def test_angles_kept_for_recomputation_need_no_more_memory_than_a_dense_step(
+    width, recomputed, at_once
+):
+    hidden = torch.empty(S, B, width, dtype=torch.float32)
+    angles = torch.empty(S, 1, 1, 4)
+    assert plan_angles(angles, layers_kept(), hidden, recomputed) == at_once
+    assert plan_angles((angles, angles), layers_kept(), hidden, recomputed) == at_once
+    other = torch.empty(S, 1, 1, 4)
+    twice = plan_angles((angles, other), layers_kept(), hidden, recomputed)
+    assert twice == (at_once and (not recomputed or width == 5))
+    assert not plan_angles(None, layers_kept(), hidden, recomputed)
+    assert not plan_angles((None, None), layers_kept(), hidden, recomputed)
 
 
 def strict_kernel(t, freqs, interleaved=False):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_rltd import RandomLTD, RandomLTDConfig, join_micro_batches
 from megatron_rltd.config import ConfigError, Model, resolve
+from megatron_rltd.micro_batches import _join_packed
 from megatron_rltd.preflight import largest_steps
 from tests import gpt
 from tests.parallel import train
@@ -202,6 +203,23 @@ def test_packed_sequences():
         step(4, forward)
 
 
+def test_documents_keep_numbers_of_their_own():
+    from tests.test_packed import T, packed
+
+    if "seq_idx" not in vars(packed()):
+        pytest.skip("this Megatron numbers no documents")
+    params = [packed(total_tokens=T), packed([0, 7, T], total_tokens=T)]
+    joined = _join_packed(params, T)
+    assert joined.total_tokens == 2 * T
+    numbers = torch.cat([params[0].seq_idx, params[1].seq_idx + 100], dim=1)
+    assert torch.equal(joined.seq_idx.diff() != 0, numbers.diff() != 0)
+    assert joined.cu_seqlens_q.tolist() == [*params[0].cu_seqlens_q.tolist(), T + 7, 2 * T]
+    same = packed()
+    same.cu_seqlens_q_padded = same.cu_seqlens_kv_padded = same.cu_seqlens_q
+    joined = _join_packed([same, same], T)
+    assert joined.cu_seqlens_q_padded is joined.cu_seqlens_q is joined.cu_seqlens_kv
+
+
 def test_samples_that_share_their_tokens():
     config = {"shared_indices": True}
     assert_equal_steps(*(step(n, config=config) for n in (4, 1)))
@@ -322,6 +340,6 @@ def test_through_megatrons_loop(tmp_path):
     assert "of 8 in a step: 8 from 8" in ranks.output
     assert ranks.losses == close(alone.losses)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
-    rest = train(f"{MODEL} {LTD} {GROW} --load {tmp_path} {LAYOUT}", 4)
+    rest = train(f"{MODEL} {LTD} --random-ltd-grow-micro-batch 4 --load {tmp_path} {LAYOUT}", 4)
     assert rest.losses == close(alone.losses[3:])
-    assert "of 16 in a step: 8 from 8" in rest.output
+    assert "of 16 in a step: 4 from 8" in rest.output

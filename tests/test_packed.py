@@ -8,7 +8,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_rltd import RandomLTD, RandomLTDConfig
-from megatron_rltd.layer import check_arguments
+from megatron_rltd.layer import KeptTokens, angles_of_layers, check_arguments
 from megatron_rltd.packed import flatten_samples, kept_packed_angles, kept_packed_seq_params
 from tests import gpt
 from tests.parallel import run
@@ -75,6 +75,27 @@ def test_padding_between_documents_stays_padding():
     assert got.cu_seqlens_q.tolist() == [0, 2, 4]  # of 0 4 | 6, and 8 9 | 15
 
 
+def test_offsets_that_are_one_tensor_stay_one():
+    """Transformer Engine sees by that, without waiting for the GPU, that nothing is padded."""
+    params = packed()
+    params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = params.cu_seqlens_q
+    got = kept_packed_seq_params(params, kept_positions(), T)
+    assert got.cu_seqlens_q_padded is got.cu_seqlens_q
+    assert got.cu_seqlens_kv_padded is got.cu_seqlens_kv
+    alone = kept_packed_seq_params(packed(), kept_positions(), T)
+    assert torch.equal(got.cu_seqlens_q, alone.cu_seqlens_q)
+
+
+def test_what_only_mamba_reads_is_left_out():
+    names = {field.name for field in dataclasses.fields(PackedSeqParams)}
+    if "seq_idx" not in names:
+        pytest.skip("this Megatron's packed sequences know nothing of Mamba")
+    params = packed(total_tokens=T)
+    assert params.seq_idx is not None
+    got = kept_packed_seq_params(params, kept_positions(), T)
+    assert got.seq_idx is None and got.total_tokens is None
+
+
 @pytest.mark.parametrize("rows", [12, T])
 def test_angles_are_those_of_the_position_in_the_document(rows):
     angles, positions = torch.randn(rows, 1, 1, 4), kept_positions()
@@ -82,6 +103,16 @@ def test_angles_are_those_of_the_position_in_the_document(rows):
     for row, position in zip(got, positions[0].tolist(), strict=True):
         start = 0 if rows == T else max(o for o in OFFSETS if o <= position)
         assert torch.equal(row, angles[position - start])
+
+
+@pytest.mark.parametrize("rows", [12, T])
+def test_angles_of_all_layers_at_once(rows):
+    angles, sets = torch.randn(rows, 1, 1, 4), [kept_positions(seed=seed) for seed in (1, 2, 3)]
+    kept = {n: KeptTokens(rows=i, local=i, positions=i, length=T) for n, i in enumerate(sets)}
+    at_once = angles_of_layers(angles, kept, packed())
+    for number, positions in enumerate(sets):
+        alone = kept_packed_angles(angles, packed(), positions, T)
+        assert torch.equal(at_once[number], alone)
 
 
 @pytest.fixture(scope="module")

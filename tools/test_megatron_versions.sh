@@ -11,7 +11,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 releases=${MEGATRON_RLTD_VENV:-$root/.venv}-megatron
 core=(tests/test_patches.py tests/test_refusals.py tests/test_cpu.py tests/test_layer.py
-  tests/test_random_ltd.py tests/test_packed.py tests/test_cli.py tests/test_pretrain_gpt.py
+  tests/test_random_ltd.py tests/test_packed.py tests/test_fake_gpu.py tests/test_te_signatures.py
+  tests/test_cli.py tests/test_pretrain_gpt.py
   tests/test_learning_rate.py tests/test_run_length.py tests/test_metrics.py tests/test_training.py
   tests/test_plan_run.py tests/test_hf_checkpoints.py)
 
