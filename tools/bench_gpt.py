@@ -100,6 +100,16 @@ def default_cross_entropy(shape: Shape, device: torch.device) -> str:
     return FUSED if shape.dtype == "bfloat16" and device.type == "cuda" else UNFUSED
 
 
+def has_extension(name: str) -> bool:
+    """Return whether one of Megatron's optional kernels can run here."""
+    return torch.cuda.is_available() and importlib.util.find_spec(name) is not None
+
+
+def has_fused_gradients() -> bool:
+    """Return whether weight gradients are added up where they are computed."""
+    return has_extension("fused_weight_gradient_mlp_cuda")
+
+
 def build(shape: Shape, attention: str, cross_entropy: str) -> Any:
     """Return the model in training mode, as Megatron's own scripts wrap it.
 
@@ -113,10 +123,6 @@ def build(shape: Shape, attention: str, cross_entropy: str) -> Any:
     from megatron.core.transformer.module import Float16Module
 
     is_bf16, has_gpu = shape.dtype == "bfloat16", torch.cuda.is_available()
-
-    def has(extension: str) -> bool:
-        return has_gpu and importlib.util.find_spec(extension) is not None
-
     config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -126,8 +132,8 @@ def build(shape: Shape, attention: str, cross_entropy: str) -> Any:
         bf16=is_bf16,
         params_dtype=getattr(torch, shape.dtype),
         # What of Megatron's fused kernels is there, as its scripts have it by default.
-        masked_softmax_fusion=has("scaled_upper_triang_masked_softmax_cuda"),
-        gradient_accumulation_fusion=has("fused_weight_gradient_mlp_cuda"),
+        masked_softmax_fusion=has_extension("scaled_upper_triang_masked_softmax_cuda"),
+        gradient_accumulation_fusion=has_fused_gradients(),
         bias_activation_fusion=has_gpu,
         bias_dropout_fusion=has_gpu,
         apply_rope_fusion=has_gpu and attention == TRANSFORMER_ENGINE,

@@ -10,7 +10,7 @@ from bench_common import Row, table
 from bench_gpt import OPTIMIZER, Trainer
 from torch.profiler import ProfilerActivity, profile
 
-STEPS = 2  # of each length; the times are their means
+STEPS = {"cpu": 2, "cuda": 1}  # of each length, and one to warm up; the times are their means
 ROWS = 16
 OURS, GEMM, ATTENTION, LOSS, GRADIENTS, UPDATE, OTHER, IDLE = COSTS = (
     "random-LTD: row moves and sampling",
@@ -161,12 +161,13 @@ def measure(
     full = trainer.shape.seq_length
     by_cost: list[Times] = [defaultdict(float) for _ in (full, *lengths)]
     by_name: list[Times] = [defaultdict(float) for _ in (full, *lengths)]
-    for number in range(-1, STEPS):  # the first is to warm up
+    steps = STEPS[trainer.device.type]
+    for number in range(-1, steps):
         for i, kept in enumerate((full, *lengths)):
             found = spent(trainer, kept, samples, now)
             for total, microseconds_of in zip((by_cost[i], by_name[i]), found, strict=True):
                 for name, us in microseconds_of.items() if number >= 0 else ():
-                    total[name] += us / 1e3 / STEPS
+                    total[name] += us / 1e3 / steps
     ratios = [cost(kept) / cost(full) for kept in (full, *lengths)]
     costs = [
         {

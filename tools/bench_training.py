@@ -31,7 +31,7 @@ import bench_profile
 import torch
 from bench_attention import DESCRIBED, is_causal_only
 from bench_common import BenchmarkError, Row, add_options, chosen_device, machine, run, table
-from bench_gpt import PARTS, Shape, one_process, operations
+from bench_gpt import PARTS, Shape, has_fused_gradients, one_process, operations
 from bench_lengths import default_lengths, grown_micro_batch, over_schedule, paper_schedule
 from bench_model_options import add_model_options, chosen_shape, trainer_of
 from bench_plots import draw_training
@@ -144,7 +144,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         row |= {"attention": options.attention, "cross_entropy": options.cross_entropy}
     by_length = {row["kept_tokens"]: row for row in rows[: len(lengths) + 1]}
     notes += [
-        f"layers: {DESCRIBED[options.attention]}; cross-entropy: {options.cross_entropy}",
+        f"layers: {DESCRIBED[options.attention]}; cross-entropy: {options.cross_entropy}; weight "
+        f"gradients added up {'where they are computed' if has_fused_gradients() else 'apart'}",
         f"a step: {options.micro_batches} micro-batches, {samples} samples, Adam; 'time' is the "
         "median of ratios to dense, round by round",
         "operations: matrix products with the output layer, attention "
