@@ -118,7 +118,10 @@ def test_nothing_is_saved_where_launches_take_all_the_time():
     # Micro-batches that are joined are launched once.
     few = replace(SMALL, dropped_layers=5)
     assert few.joined(64, 8) == 2
-    assert gpu_time.seconds_of(gpu, few, 64, 8) == pytest.approx(4 * 6)
+    assert gpu_time.seconds_of(gpu, few, 64, 2) == pytest.approx(4 * 6)
+    for joined in (8, lambda kept: 2):
+        assert saving(gpu, few, 64, joined)["seconds"] == pytest.approx(4 * 6)
+    assert saving(gpu, few, 64)["seconds"] == pytest.approx(8 * 6)
 
 
 def test_unfused_gradients_are_added_up_apart():

@@ -13,7 +13,7 @@ Shapes: s sequence length, b micro batch, h hidden size, k kept tokens, m = b * 
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,19 +256,23 @@ def step(gpu: Gpu, training: Training, kept: int, joined: int = 1) -> dict[str, 
 
 
 @functools.cache
-def seconds_of(gpu: Gpu, training: Training, kept: int, most_joined: int = 1) -> float:
-    """Return the seconds of a step whose micro-batches are joined as `Training.joined` says."""
-    return sum(step(gpu, training, kept, training.joined(kept, most_joined)).values())
+def seconds_of(gpu: Gpu, training: Training, kept: int, joined: int = 1) -> float:
+    """Return the seconds of a step."""
+    return sum(step(gpu, training, kept, joined).values())
 
 
 def saved(
-    gpu: Gpu, training: Training, weights: Iterable[tuple[int, float]], most_joined: int = 1
+    gpu: Gpu,
+    training: Training,
+    weights: Iterable[tuple[int, float]],
+    joined: int | Callable[[int], int] = 1,
 ) -> dict[str, Any]:
     """Return what is saved over a run, in theory and in time, each as a share of a dense one.
 
     Args:
         weights: (Kept length, its share of the samples).
-        most_joined: Micro-batches that may go through the layers at once.
+        joined: Micro-batches that go through the layers at once: of a kept length, or at most so
+            many, by `Training.joined`.
 
     Returns:
         "operations" and "time"; "realised" is the second as a share of the first, None if nothing
@@ -277,7 +281,10 @@ def saved(
     s = training.seq_length
     dense, operations = seconds_of(gpu, training, s), training.operations(s)
     shares = list(weights)
-    mean = sum(w * seconds_of(gpu, training, kept, most_joined) for kept, w in shares)
+    mean = 0.0
+    for kept, weight in shares:
+        factor = joined(kept) if callable(joined) else training.joined(kept, joined)
+        mean += weight * seconds_of(gpu, training, kept, factor)
     in_theory = 1 - sum(w * training.operations(kept) for kept, w in shares) / operations
     in_time = 1 - mean / dense
     return {
