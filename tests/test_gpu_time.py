@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_rltd.schedule import LayerTokens, Schedule
 from tests.parallel import ROOT  # puts tools/ on the path
 
 import bench_gpt  # isort: skip
@@ -72,7 +71,7 @@ def test_everything_is_realised_where_nothing_is_lost():
     assert gpu_time.saved(IDEAL, SMALL, [(512, 1.0)])["realised"] is None
 
 
-def saving(gpu, training, kept=256, joined=1):
+def saving(gpu, training, kept=256, joined=lambda kept: 1):
     return gpu_time.saved(gpu, training, [(kept, 1.0)], joined)
 
 
@@ -117,10 +116,8 @@ def test_nothing_is_saved_where_launches_take_all_the_time():
     assert gpu_time.seconds_of(slower, SMALL, 512) == pytest.approx(8 * 6)
     # Micro-batches that are joined are launched once.
     few = replace(SMALL, dropped_layers=5)
-    assert few.joined(64, 8) == 2
     assert gpu_time.seconds_of(gpu, few, 64, 2) == pytest.approx(4 * 6)
-    for joined in (8, lambda kept: 2):
-        assert saving(gpu, few, 64, joined)["seconds"] == pytest.approx(4 * 6)
+    assert saving(gpu, few, 64, {64: 2}.get)["seconds"] == pytest.approx(4 * 6)
     assert saving(gpu, few, 64)["seconds"] == pytest.approx(8 * 6)
 
 
@@ -149,23 +146,6 @@ def test_operations_are_those_of_the_benchmark(kept):
     assert grouped.layer_parameters == h * h * (1 + 0.5 + 1 + 6 + 3)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 6, 8])
-def test_joined_micro_batches_have_no_more_layer_tokens(micro_batches):
-    counted = LayerTokens(Schedule(2048, 128, None), 24, 22)
-    training = replace(
-        SMALL, seq_length=2048, num_layers=24, dropped_layers=22, micro_batches=micro_batches
-    )
-    for kept in (128, 144, 512, 1024, 2048):
-        assert training.layer_tokens(kept) == counted.per_sample(kept)
-        fitting = [
-            f
-            for f in (1, 2, 4, 8)
-            if micro_batches % f == 0 and (f == 1 or f * counted.per_sample(kept) <= counted.dense)
-        ]
-        assert training.joined(kept, 8) == max(fitting)
-        assert training.joined(kept, 3) == max(f for f in fitting if f <= 3)
-
-
 def test_memory():
     # arXiv 2205.05198: 34 bytes of a row for each of the hidden state's elements, with fused
     # attention, which stores no matrix.
@@ -185,8 +165,9 @@ def test_memory():
     assert layers == (2 * 6 + 34) * 256 * 512 * 2
     dense = sum(gpu_memory.memory(SMALL, 512).values())
     assert gpu_memory.peak_memory(SMALL, [128, 256]) == dense
-    joined = replace(SMALL, dropped_layers=5, vocab_size=10**6)
-    assert gpu_memory.peak_memory(joined, [64], 8) == sum(gpu_memory.memory(joined, 64, 2).values())
+    logits = replace(SMALL, vocab_size=10**6)
+    needed = sum(gpu_memory.memory(logits, 64, 2).values())
+    assert gpu_memory.peak_memory(logits, [64, 128], {64: 2, 128: 1}.get) == needed
 
 
 def test_gpus_are_in_order():

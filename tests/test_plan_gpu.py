@@ -16,6 +16,7 @@ MODEL = (
     "--micro-batch-size 4 --global-batch-size 64 --train-iters 100 --lr 1e-3 --bf16 "
     "--use-distributed-optimizer --cross-entropy-loss-fusion --no-gradient-accumulation-fusion"
 )
+GROWING = "--random-ltd-grow-micro-batch 2"
 LTD = "--random-ltd --random-ltd-min-tokens 64 --random-ltd-ramp-iters 70"
 
 
@@ -64,7 +65,7 @@ def test_an_estimate_is_the_models(numbers):
 def test_choices_are_other_flags(numbers):
     found = numbers["estimate"]
     rows = {
-        (row["micro_batch_size"], row["increment"], row["joined"]): row for row in found["choices"]
+        (row["micro_batch_size"], row["increment"], row["grown"]): row for row in found["choices"]
     }
     # 32 samples of a step on each GPU; 128 is a multiple of the strata and divides the sequence.
     assert sorted(rows) == [(b, q, f) for b in (4, 8, 16) for q in (16, 128) for f in (1, 8)]
@@ -77,11 +78,24 @@ def test_choices_are_other_flags(numbers):
         counted[max(64, min(512, (64 + 448 * t // 70) // 128 * 128))] += 1
     coarse = [(k, n / 100) for k, n in counted.items()]
     larger = training(numbers, micro_batch_size=8, micro_batches=4)
-    for joined in (1, 8):
-        expected = gpu_time.saved(gpu, larger, coarse, joined)
-        row = rows[8, 128, joined]
+    # Of 64 or 128 kept tokens two micro-batches have no more LayerTokens than a dense one.
+    for grown, joined in ((1, {}), (8, {64: 2, 128: 2})):
+        expected = gpu_time.saved(gpu, larger, coarse, lambda k, joined=joined: joined.get(k, 1))
+        row = rows[8, 128, grown]
         assert {key: row[key] for key in expected} == pytest.approx(expected)
         assert row["relative"] == pytest.approx(expected["seconds"] / own["seconds"])
+
+
+def test_an_estimate_is_of_the_runs_own_flags(numbers):
+    status, output = command(f"--gpus 2 --gpu h200 --json -- {MODEL} {LTD} {GROWING}")
+    assert status == 0, output
+    found = json.loads(output)["estimate"]
+    rows = {(r["micro_batch_size"], r["increment"], r["grown"]): r for r in found["choices"]}
+    assert {grown for _, _, grown in rows} == {1, 2, 8}
+    own = rows[4, 16, 2]
+    assert own["relative"] == 1 < rows[4, 16, 1]["relative"]
+    assert {key: own[key] for key in found["run"]} == found["run"]
+    assert found["run"]["seconds"] < numbers["estimate"]["run"]["seconds"]
 
 
 def test_text_says_that_it_is_an_estimate(numbers):

@@ -3,7 +3,7 @@
 Pure Python. docs/planning.md says what it leaves out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gpu_time import Training
 
@@ -37,8 +37,14 @@ def memory(training: Training, kept: int, joined: int = 1) -> dict[str, float]:
     }
 
 
-def peak_memory(training: Training, lengths: Iterable[int], most_joined: int = 1) -> float:
-    """Return the bytes of the step that needs most: a dense one, or one with more samples."""
-    cases = [(training.seq_length, 1)]
-    cases += [(kept, training.joined(kept, most_joined)) for kept in lengths]
+def peak_memory(
+    training: Training, lengths: Iterable[int], joined: Callable[[int], int] = lambda kept: 1
+) -> float:
+    """Return the bytes of the step that needs most: a dense one, or one with more samples.
+
+    Args:
+        lengths: The kept ones.
+        joined: Micro-batches that one pass takes at a kept length.
+    """
+    cases = [(training.seq_length, 1), *((kept, joined(kept)) for kept in lengths)]
     return max(sum(memory(training, *case).values()) for case in cases)

@@ -160,21 +160,6 @@ class Training:
         full = self.num_layers - self.dropped_layers
         return full * self.seq_length + self.dropped_layers * kept
 
-    def joined(self, kept: int, most: int) -> int:
-        """Return how many micro-batches go through the layers at once, if at most so many may.
-
-        The largest power of two that divides those of a step and has no more LayerTokens than one
-        micro-batch of which nothing is dropped.
-        """
-        dense, factor = self.layer_tokens(self.seq_length), 1
-        while (
-            2 * factor <= most
-            and self.micro_batches % (2 * factor) == 0
-            and 2 * factor * self.layer_tokens(kept) <= dense
-        ):
-            factor *= 2
-        return factor
-
 
 def layer(gpu: Gpu, training: Training, rows: int, tokens: int) -> dict[str, float]:
     """Return the seconds of a layer by what they go into.
@@ -265,14 +250,13 @@ def saved(
     gpu: Gpu,
     training: Training,
     weights: Iterable[tuple[int, float]],
-    joined: int | Callable[[int], int] = 1,
+    joined: Callable[[int], int] = lambda kept: 1,
 ) -> dict[str, Any]:
     """Return what is saved over a run, in theory and in time, each as a share of a dense one.
 
     Args:
         weights: (Kept length, its share of the samples).
-        joined: Micro-batches that go through the layers at once: of a kept length, or at most so
-            many, by `Training.joined`.
+        joined: Micro-batches that one pass takes at a kept length.
 
     Returns:
         "operations" and "time"; "realised" is the second as a share of the first, None if nothing
@@ -281,10 +265,7 @@ def saved(
     s = training.seq_length
     dense, operations = seconds_of(gpu, training, s), training.operations(s)
     shares = list(weights)
-    mean = 0.0
-    for kept, weight in shares:
-        factor = joined(kept) if callable(joined) else training.joined(kept, joined)
-        mean += weight * seconds_of(gpu, training, kept, factor)
+    mean = sum(w * seconds_of(gpu, training, kept, joined(kept)) for kept, w in shares)
     in_theory = 1 - sum(w * training.operations(kept) for kept, w in shares) / operations
     in_time = 1 - mean / dense
     return {

@@ -4,6 +4,7 @@ By the model of `gpu_time`; nothing is measured.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import gpu_time
@@ -79,6 +80,20 @@ def weights(plan: Plan, increment: int) -> list[tuple[int, float]]:
     return [(kept, n / plan.run.end.samples) for kept, n in samples.items()]
 
 
+def joined(plan: Plan, training: Training, most: int | None = None) -> Callable[[int], int]:
+    """Return how many micro-batches one pass takes, of a kept length.
+
+    Args:
+        most: For ``--random-ltd-grow-micro-batch``; default: the run's own.
+    """
+    resolved = plan.resolved
+    assert resolved
+    if most is not None:
+        config = dataclasses.replace(resolved.config, grow_micro_batch=most)
+        resolved = dataclasses.replace(resolved, config=config)
+    return lambda kept: resolved.micro_batches_per_pass(kept, training.micro_batches)
+
+
 def estimate(plan: Plan, gpu: Gpu) -> dict[str, Any]:
     """Return the estimate as what JSON can hold.
 
@@ -106,7 +121,7 @@ def estimate(plan: Plan, gpu: Gpu) -> dict[str, Any]:
             }
             for k in dict.fromkeys(compared)
         },
-        "run": gpu_time.saved(gpu, training, weights(plan, own)),
+        "run": gpu_time.saved(gpu, training, weights(plan, own), joined(plan, training)),
         "choices": choices(plan, gpu, training, own),
     }
 
@@ -126,16 +141,17 @@ def choices(plan: Plan, gpu: Gpu, training: Training, own: int) -> list[dict[str
     increments = [own]
     if own < INCREMENT and INCREMENT % plan.resolved.strata == 0 == training.seq_length % INCREMENT:
         increments.append(INCREMENT)
-    mean = gpu_time.saved(gpu, training, weights(plan, own))["seconds"]
+    mean = gpu_time.saved(gpu, training, weights(plan, own), joined(plan, training))["seconds"]
     rows = []
     for size in sorted(size for size in sizes if samples % size == 0):
         other = dataclasses.replace(training, micro_batch_size=size, micro_batches=samples // size)
         for increment in increments:
             shares = weights(plan, increment)
-            for joined in (1, JOINED):
-                found = gpu_time.saved(gpu, other, shares, joined)
-                needed = peak_memory(other, [kept for kept, _ in shares], joined)
-                choice = {"micro_batch_size": size, "increment": increment, "joined": joined}
+            for most in sorted({1, JOINED, plan.resolved.config.grow_micro_batch}):
+                per_pass = joined(plan, other, most)
+                found = gpu_time.saved(gpu, other, shares, per_pass)
+                needed = peak_memory(other, [kept for kept, _ in shares], per_pass)
+                choice = {"micro_batch_size": size, "increment": increment, "grown": most}
                 compared = {"relative": found["seconds"] / mean, "gib": needed / 2**30}
                 rows.append(choice | found | compared)
     return rows
@@ -158,11 +174,11 @@ def as_text(found: dict[str, Any]) -> str:
     for name in next(iter(found["step"].values())):
         steps.append([name, *(f"{parts[name]:,.1f}" for parts in found["step"].values())])
     steps.append(["sum", *(f"{sum(parts.values()):,.1f}" for parts in found["step"].values())])
-    table = [["micro-batch", "increment", "joined", "saved in time", "realised", "time", "GiB"]]
+    table = [["micro-batch", "increment", "grown", "saved in time", "realised", "time", "GiB"]]
     for row in found["choices"]:
         table.append(
             [
-                *(str(row[key]) for key in ("micro_batch_size", "increment", "joined")),
+                *(str(row[key]) for key in ("micro_batch_size", "increment", "grown")),
                 *(_percent(row[key]) for key in ("time", "realised")),
                 f"{row['relative']:.3f}",
                 f"{row['gib']:.0f}",
@@ -179,9 +195,8 @@ def as_text(found: dict[str, Any]) -> str:
             "",
             aligned(steps),
             "",
-            "The run with other flags. joined: micro-batches that go through the layers at once "
-            "while few tokens are kept; time: of the run, in units of that with its own flags; "
-            "GiB: memory of a GPU, at least.",
+            "The run with other flags. grown: --random-ltd-grow-micro-batch; time: of the run, in "
+            "units of that with its own flags; GiB: memory of a GPU, at least.",
             "",
             aligned(table),
         ]
