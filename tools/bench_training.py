@@ -3,7 +3,7 @@
     python tools/bench_training.py                          on the GPU, else the CPU: a small GPT
     python tools/bench_training.py --preset gpt3-1.3b       GPT-3 1.3B on one GPU, b = 8
     python tools/bench_training.py --profile                what a step's time goes into
-    python tools/bench_training.py --from benchmarks/results/bench_training-intel-r-xeon-r-processor.json --plot
+    python tools/bench_training.py --from RESULTS.json --plot      show and draw them again
 
 The steps go in turn: dense, one of each kept length, dense, and so on; each has several
 micro-batches, for one optimizer step after a single micro-batch would weigh more than in training.
