@@ -5,7 +5,9 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_rltd import ops
+from megatron_rltd.schedule import LayerTokens
 from tests.parallel import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "tools"))
 
+import bench_attention
 import bench_gpt
+import bench_lengths
 import bench_moves
+import bench_profile
+import bench_sweep
 import bench_timing
 import bench_training
 
@@ -117,6 +124,11 @@ def test_calls_are_timed_in_turn():
 
 
 TINY = bench_gpt.PRESETS["tiny"]
+CPU = torch.device("cpu")
+
+
+def trainer_with(attention: str) -> bench_gpt.Trainer:
+    return bench_gpt.Trainer(TINY, 16, CPU, "auto", attention, bench_gpt.UNFUSED)
 
 
 @pytest.mark.parametrize("kept", [16, TINY.seq_length])
@@ -126,8 +138,8 @@ def test_operations_are_those_of_the_model(kept):
     from megatron_rltd.metrics import floating_point_operations
     from tests.test_metrics import arguments
 
-    with bench_gpt.one_process(torch.device("cpu")):
-        trainer = bench_gpt.Trainer(TINY, 16, torch.device("cpu"), "auto")
+    with bench_gpt.one_process(CPU):
+        trainer = trainer_with(bench_attention.MEGATRON)
         counter = FlopCounterMode(display=False)
         with counter:
             trainer.step(kept, TINY.micro_batch_size, 4, lambda part: None)
@@ -140,31 +152,198 @@ def test_operations_are_those_of_the_model(kept):
     assert floating_point_operations(megatrons, resolved, kept, args, 4) == 4 * causal
 
 
+def attentions(**options):
+    """Return torch's attention and Megatron's, as a model would build them."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    settings = {"hidden_size": 24, "num_attention_heads": 4, "attention_dropout": 0.0, **options}
+    config = TransformerConfig(num_layers=2, use_cpu_initialization=True, **settings)
+    ours = bench_attention.layer_spec(bench_attention.SDPA)
+    classes = ours.submodules.self_attention.submodules.core_attention, DotProductAttention
+    return [c(config, 2, AttnMaskType.causal, "self") for c in classes]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("length", [1, 13, 40])
+def test_fused_attention_is_megatrons(dtype, tolerance, groups, length):
+    generator = torch.Generator().manual_seed(length)
+    shapes = ((length, 3, 4, 6), (length, 3, groups, 6), (length, 3, groups, 6), (length, 3, 24))
+    *inputs, upstream = (torch.randn(s, generator=generator, dtype=dtype) for s in shapes)
+    results = []
+    with bench_gpt.one_process(CPU):
+        for attention in attentions(num_query_groups=groups):
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            output = attention(*leaves, None)
+            results.append([output, *torch.autograd.grad(output, leaves, upstream)])
+    for ours, megatrons in zip(*results, strict=True):
+        assert ours.shape == megatrons.shape
+        assert torch.allclose(ours, megatrons, rtol=tolerance, atol=tolerance)
+
+
+def test_fused_attention_refuses_what_it_does_not_do():
+    with bench_gpt.one_process(CPU):
+        for options in ({"attention_dropout": 0.1}, {"window_size": (4, 0)}):
+            with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+                attentions(**options)
+        ours, _ = attentions()
+        x = torch.zeros(5, 1, 4, 6)
+        with pytest.raises(ValueError, match="takes no mask"):
+            ours(x, x, x, torch.zeros(1, 1, 5, 5, dtype=torch.bool))
+
+
+def test_a_gpt_learns_the_same_with_either_attention():
+    norms = []
+    for attention in (bench_attention.SDPA, bench_attention.MEGATRON):
+        with bench_gpt.one_process(CPU):
+            trainer = trainer_with(attention)
+            kinds = {type(m).__name__ for m in trainer.model.modules()}
+            assert ("ScaledDotProductAttention" in kinds) == (attention == bench_attention.SDPA)
+            assert ("DotProductAttention" in kinds) == (attention == bench_attention.MEGATRON)
+            for kept in (20, TINY.seq_length):
+                trainer.step(kept, 2, 4, lambda part: None)
+            norms.append([p.detach().double().norm().item() for p in trainer.model.parameters()])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_lengths_of_the_schedule():
+    schedule = bench_lengths.paper_schedule(2048)
+    assert (schedule.min_tokens, schedule.increment) == (128, 16)
+    assert bench_lengths.default_lengths(schedule) == [
+        *(128, 144, 256, 512, 528, 1024, 1040, 1168, 1536, 1680, 1840, 2032),
+    ]
+    for s in (32, 64, 512, 1000, 4096):
+        lengths = bench_lengths.default_lengths(bench_lengths.paper_schedule(s))
+        assert lengths == sorted(set(lengths))
+        assert s // 16 <= lengths[0] < lengths[-1] < s
+    levels = bench_lengths.sweep(schedule, None)
+    assert levels == list(range(128, 2049, 16))
+    assert bench_lengths.sweep(schedule, 3) == [128, 1088, 2048]
+    assert bench_lengths.sweep(schedule, 1) == [128]
+    assert len(set(bench_lengths.sweep(schedule, 50))) == 50
+
+
 def test_saving_over_the_schedule():
     shape = bench_gpt.PRESETS["gpt3-1.3b"]
-    schedule = bench_training.paper_schedule(shape)
-    assert (schedule.min_tokens, schedule.increment) == (128, 16)
-    weights = bench_training.shares(schedule, bench_training.STEPS)
+    schedule = bench_lengths.paper_schedule(shape.seq_length)
+    weights = bench_lengths.shares(schedule, bench_lengths.STEPS)
     assert len(weights) == 121
     assert math.isclose(sum(weights.values()), 1)
     assert weights[2048] == 0.3
-    tokens = bench_training.LayerTokens(schedule, 24, 22)
+    tokens = LayerTokens(schedule, 24, 22)
 
     def cost(kept):
         return bench_gpt.operations(shape, kept, 22, is_causal=True)
 
-    lengths = [*bench_training.default_lengths(schedule), 2048]
-    assert lengths == [128, 256, 512, 1024, 1536, 2032, 2048]
+    lengths = [*bench_lengths.default_lengths(schedule), 2048]
     rows = [{"operation_ratio": cost(k) / cost(2048)} for k in lengths]
     for row in rows:
         row["time_ratio"] = 0.4 + 0.6 * row["operation_ratio"]
-    over = bench_training.over_schedule(schedule, tokens, cost, rows)
+    over = bench_lengths.over_schedule(schedule, tokens, cost, rows)
     consumed = sum(w * tokens.per_sample(k) for k, w in weights.items()) / tokens.dense
     assert math.isclose(over["layer_tokens_saved"], 1 - consumed)
     assert math.isclose(over["saving_realised"], 0.6)
     assert math.isclose(over["time_saved"], 0.6 * over["operations_saved"])
-    assert bench_training.grown_micro_batch(shape, tokens, 128, limit=8) == 4 * 4
-    assert bench_training.grown_micro_batch(shape, tokens, 1024, limit=8) == 4
+    assert bench_lengths.grown_micro_batch(4, tokens, 128, limit=8) == 4 * 4
+    assert bench_lengths.grown_micro_batch(4, tokens, 1024, limit=8) == 4
+    assert bench_training.keys_of(shape, [128, 144, 1024], tokens, 8) == [
+        *((2048, 8), (128, 8), (144, 8), (1024, 8), (128, 32), (144, 32)),
+    ]
+
+
+def event(name, parent=None, kernels=(), **others):
+    """Return what torch's profiler has of an op: its kernels are (name, microseconds)."""
+    started = [SimpleNamespace(name=n, duration=us) for n, us in kernels]
+    facts = {"device_type": torch.autograd.DeviceType.CPU, "is_user_annotation": False, **others}
+    return SimpleNamespace(name=name, cpu_parent=parent, kernels=started, **facts)
+
+
+def test_costs_of_a_gpu_by_what_started_the_kernels():
+    engine = "autograd::engine::evaluate_function: "
+    loss = event("_VocabParallelCrossEntropy")
+    accumulate = event(f"{engine}torch::autograd::AccumulateGrad")
+    move = event("_ExchangeBackward", event(f"{engine}_ExchangeBackward"))
+    optimizer = event(bench_gpt.OPTIMIZER, None, [(bench_gpt.OPTIMIZER, 1000)])
+    fused = event("aten::_scaled_dot_product_flash_attention", event("aten::linear"))
+    found = bench_profile.microseconds(
+        [
+            optimizer,
+            event("aten::_foreach_add_", optimizer, [("multi_tensor_apply_kernel", 7)]),
+            event("aten::mm", event("aten::linear"), [("nvjet_tst_128x256", 10)]),
+            event("_LayerNormLinear", None, [("nvjet_tst_256x128", 20), ("ln_fwd_kernel", 3)]),
+            event("aten::exp", loss, [("vectorized_elementwise_kernel", 5)]),
+            event("## Call CompiledFxGraph x ##", loss, [("triton_red_fused_exp_sub_0", 6)]),
+            event("aten::add_", accumulate, [("vectorized_elementwise_kernel", 4)]),
+            event("megatron_rltd::exchange_", move, [("megatron_rltd::exchange_kernel", 2)]),
+            event("_Split", None, [("Memset (Device)", 1)]),
+            event("aten::_flash_attention_forward", fused, [("pytorch_flash::flash_fwd", 30)]),
+            event("aten::bmm", None, [("cutlass_80_gemm", 11)]),
+            event("aten::gelu", None, [("GeluCUDAKernelImpl", 8)]),
+            event("a kernel", device_type=torch.autograd.DeviceType.CUDA),
+        ],
+        is_gpu=True,
+    )
+    spent = {}
+    for cost, _, microseconds in found:
+        spent[cost] = spent.get(cost, 0) + microseconds
+    assert spent == {
+        bench_profile.UPDATE: 7,
+        bench_profile.GEMM: 30,
+        bench_profile.OTHER: 3 + 8,
+        bench_profile.LOSS: 11,
+        bench_profile.GRADIENTS: 4,
+        bench_profile.OURS: 3,
+        bench_profile.ATTENTION: 41,
+    }
+
+
+def test_a_gpu_is_busy_while_any_kernel_runs():
+    def kernel(start, end, **others):
+        times = SimpleNamespace(start=start, end=end)
+        facts = {"device_type": torch.autograd.DeviceType.CUDA, **others}
+        return event("kernel", time_range=times, **facts)
+
+    kernels = [kernel(0, 10), kernel(5, 12), kernel(6, 8), kernel(20, 21), kernel(12, 13)]
+    kernels += [kernel(0, 1000, is_user_annotation=True), event("aten::mm")]
+    assert bench_profile.busy(kernels) == 14
+
+
+def test_places_that_wait_for_the_gpu():
+    def waits():
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered ...)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    line = waits.__code__.co_firstlineno + 2
+    assert bench_sweep.synchronisations(waits) == [f"{__file__}:{line}"]
+
+
+@pytest.mark.parametrize(
+    ("dense", "dropped", "megatron", "ours"),
+    [((), (), 0, 0), ((1,), (1,), 1, 0), ((1,), (1, 2), 1, 1), ((), (2,), 0, 1), ((), "e", 0, 1)],
+)
+def test_waits_of_random_ltd_are_told_from_megatrons(monkeypatch, dense, dropped, megatron, ours):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    class Waiting:
+        shape = TINY
+
+        def step(self, kept, size, samples, mark, passes):
+            with passes:
+                places = dense if kept == TINY.seq_length else dropped
+                if modes[-1] == "error" and places:
+                    raise RuntimeError(bench_sweep.SYNCHRONISES)
+                for place in places if modes[-1] == "warn" and places != "e" else ():
+                    warnings.warn_explicit(bench_sweep.SYNCHRONISES, UserWarning, "file", place)
+
+    found = bench_sweep.check_synchronisation(Waiting(), 8, 2)
+    assert (len(found["megatron"]), len(found["random_ltd"])) == (megatron, ours)
+    assert modes[-1] == "default"
+    assert ("error" in modes) == (not dense and dropped in ((), "e"))
+    assert bench_sweep.waits({"synchronisation": [found]}) == bool(ours)
 
 
 def run_tool(name: str, *arguments: str) -> str:
@@ -211,6 +390,7 @@ def check_files(folder: Path, tool: str) -> list[dict]:
 
 def test_bench_ops(tmp_path):
     options = ("--quick", "--threads", "1", "--device", "cpu", "--plot")
+    options += ("--micro-batch-size", "1", "2", "--shares", "0.75")
     shown = run_tool("bench_ops.py", *options, "--output", str(tmp_path))
     rows = check_files(tmp_path, "bench_ops.py")
     whats = ["gather", "scatter", "split", "exchange_", "merge_"]
@@ -218,8 +398,10 @@ def test_bench_ops(tmp_path):
     assert list(dict.fromkeys(row["what"] for row in rows)) == whats
     ways = {bench_moves.TORCH, bench_moves.DEEPSPEED_LINES}
     run_rows = [row for row in rows if row["what"] == whats[-1]]
-    assert ways <= {row["way"] for row in run_rows}
+    for size in (1, 2):
+        assert ways <= {row["way"] for row in run_rows if row["micro_batch_size"] == size}
     for row in run_rows:
+        assert row["copy_gigabytes_per_second"] > 0
         assert math.isclose(row["rows_per_layer"], row["rows_expected"], rel_tol=0.05)
         assert len(row["seconds"]) == 2
         assert row["way"] in shown
@@ -228,30 +410,54 @@ def test_bench_ops(tmp_path):
 
 def test_bench_training(tmp_path):
     options = ("--quick", "--threads", "1", "--num-layers", "6", "--grow-micro-batch", "2")
-    options += ("--rounds", "1", "--profile", "--plot")
+    options += ("--rounds", "1", "--profile", "--plot", "--kept", "4", "16", "36", "63")
     shown = run_tool("bench_training.py", *options, "--output", str(tmp_path))
     rows = check_files(tmp_path, "bench_training.py")
-    assert "random-LTD" in shown.partition("beyond theory")[2]
     assert "fixed micro-batch" in shown
     assert "grown micro-batch" in shown
+    assert "torch's scaled_dot_product_attention; cross-entropy: unfused" in shown
+    assert "a step: 2 micro-batches, 4 samples, Adam" in shown
     lengths = [(row["kept_tokens"], row["micro_batch_size"]) for row in rows]
-    assert lengths == [
-        (64, 2),
-        (4, 2),
-        (8, 2),
-        (16, 2),
-        (32, 2),
-        (48, 2),
-        (63, 2),
-        (4, 4),
-        (8, 4),
-        (16, 4),
-    ]
+    assert lengths == [(64, 2), (4, 2), (16, 2), (36, 2), (63, 2), (4, 4), (16, 4)]
+    assert {row["attention"] for row in rows} == {"sdpa"}
     assert rows[0]["time_ratio"] == rows[0]["operation_ratio"] == 1
     assert rows[0]["saving_realised"] is None
-    for row in rows[1:5]:
+    for row in rows[1:3]:
         saved = 1 - row["operation_ratio"]
         assert math.isclose(row["saving_realised"], (1 - row["time_ratio"]) / saved)
+        passes = row["forward_milliseconds"] + row["backward_milliseconds"]
+        assert row["host_milliseconds"] == pytest.approx(passes)
+    check_costs(json.loads(next(tmp_path.glob("*.json")).read_text())["profile"], shown)
+
+
+def check_costs(profile: dict, shown: str) -> None:
+    """Check what a profile of a dense, a short and a half-length step says they cost."""
+    assert profile["kept_tokens"] == [64, 4, 32]
+    assert profile["operation_ratios"][0] == 1
+    whole, *costs = profile["costs"]
+    assert [cost["name"] for cost in costs] == list(bench_profile.COSTS)
+    for i in range(3):
+        parts = sum(cost["milliseconds"][i] for cost in costs)
+        assert parts == pytest.approx(whole["milliseconds"][i], rel=0.02)
+        assert sum(cost["shares"][i] for cost in costs) == pytest.approx(1, rel=0.02)
+    ours, *others = costs
+    assert ours["milliseconds"][0] == 0
+    assert min(ours["milliseconds"][1:]) > 0
+    assert min(ms for cost in others[:-1] for ms in cost["milliseconds"]) > 0
+    for cost in costs:
+        assert cost["name"] in shown
+
+
+def test_bench_sweep(tmp_path):
+    options = ("--quick", "--threads", "1", "--levels", "3", "--output", str(tmp_path))
+    shown = run_tool("bench_sweep.py", *options)
+    (path,) = tmp_path.glob("bench_sweep-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["kept_tokens"] for row in rows] == [4, 34, 64]
+    assert all(row["first_milliseconds"] > 0 < row["milliseconds"] for row in rows)
+    assert {row["allocation_retries"] for row in rows} == {None}
+    assert "3 lengths: " in shown
+    assert run_tool("bench_sweep.py", "--from", str(path)) == shown
 
 
 @pytest.mark.parametrize(
@@ -260,6 +466,18 @@ def test_bench_training(tmp_path):
         ("bench_ops.py", ["--from", "no.json"], "no.json"),
         ("bench_ops.py", ["--quick", "--shares", "0"], "--shares between 0 and 1"),
         ("bench_training.py", ["--quick", "--kept", "64"], "--kept must be between 1 and s - 1"),
+        ("bench_training.py", ["--quick", "--attention", "te"], "Transformer Engine cannot run"),
+        (
+            "bench_training.py",
+            ["--quick", "--cross-entropy", "fused"],
+            "--cross-entropy fused rounds its gradients to bfloat16: --dtype bfloat16",
+        ),
+        (
+            "bench_training.py",
+            ["--quick", "--grow-micro-batch", "4"],
+            "--grow-micro-batch 4 must divide --micro-batches 2",
+        ),
+        ("bench_sweep.py", ["--quick", "--sync-check"], "--sync-check needs a GPU"),
     ],
 )
 def test_what_cannot_be_measured(tool, arguments, message):

@@ -3,6 +3,7 @@
 tests/slurm has the same under SLURM.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -39,7 +40,8 @@ RECIPE = (
     "--weight-decay 0.1 --clip-grad 1.0 --split 949,50,1 --seed 1234"
 )
 OURS = (
-    "--bf16 --transformer-impl transformer_engine --ckpt-format torch_dist --exit-signal-handler "
+    "--bf16 --cross-entropy-loss-fusion --cross-entropy-fusion-impl native "
+    "--transformer-impl transformer_engine --ckpt-format torch_dist --exit-signal-handler "
     "--exit-signal SIGUSR2 --num-workers 0 "
     "--use-distributed-optimizer --log-throughput --data-path /data/pile "
     "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /data/gpt2"
@@ -139,6 +141,7 @@ def test_dry_run_prints_the_recipe(name, tmp_path):
     flags = flags_of(words[4:])
     own, layout, *_ = GOLDEN[name]
     golden = flags_of(f"{RECIPE} {OURS} {own} {LAYOUT.format(*layout)}".split())
+    golden["--micro-batch-size"] = ["1" if layout[1] > 1 else "8"]  # a pipeline needs many
     assert {flag: flags.get(flag) for flag in golden} == golden
     decisive = {flag for flag in flags if flag.startswith(DECISIVE)}
     assert decisive <= set(golden)
@@ -228,6 +231,28 @@ def test_settings_reach_the_command(tmp_path):
     assert said.rstrip().endswith("; each apptainer exec --nv image.sif")
 
 
+def test_fusions_are_those_that_work(tmp_path):
+    def flags(**settings):
+        status, output, said = bash("ltd_300b", DRY_RUN="1", **{**DATA, **settings})
+        assert status == 0, said
+        found = flags_of(shlex.split(output)[4:])
+        return "--cross-entropy-loss-fusion" in found, "--no-gradient-accumulation-fusion" in found
+
+    # What Megatron looks for, here and in an environment that has it.
+    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
+    assert flags() == (True, not has_apex)
+    assert flags(PYTHONPATH=tmp_path) == (True, False)
+    assert flags(PYTHONPATH=tmp_path, GRADIENT_FUSION="0") == (True, True)
+    assert flags(GRADIENT_FUSION="1") == (True, False)
+    assert flags(LAUNCHER="apptainer exec --nv image.sif") == (True, False)
+    assert flags(CONTAINER="") == (True, not has_apex)
+    # Its gradients are bfloat16 in any case.
+    for precision in ("fp16", "fp32"):
+        assert not flags(PRECISION=precision)[0]
+    assert not flags(LOSS_FUSION="0")[0]
+
+
 FEW = {"PROCESSES": "8", **DATA}
 
 
@@ -251,6 +276,7 @@ FEW = {"PROCESSES": "8", **DATA}
         ),
         ("ltd_300b", DATA, "there is no GPU here: sbatch this script, set PROCESSES, or use SCALE"),
         ("ltd_300b", {"SCALE": "smoke", "SP": "false"}, "SP=false is not 0 or 1"),
+        ("ltd_300b", {"SCALE": "smoke", "GRADIENT_FUSION": "auto"}, "GRADIENT_FUSION=auto is not"),
         (
             "ltd_300b",
             {"SCALE": "smoke", "TOKENS": "1000000"},
@@ -333,6 +359,20 @@ def test_one_process_for_each_gpu(tmp_path):
     # A script that needs more of them starts as many where there is no GPU.
     status, output, said = stubbed(tmp_path, "ltd_300b_cp2")
     assert output.count(" of 2, ") == 2, output + said
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "nothing"),
+    ],
+)
+def test_memory_is_allocated_in_segments_that_grow(tmp_path, monkeypatch, settings, expected):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    _, output, said = stubbed(tmp_path, STUB="memory", **settings)
+    assert f"rank 0 allocates by {expected}\n" in output, said
 
 
 def test_a_stopped_run_is_continued_until_it_is_finished(tmp_path):

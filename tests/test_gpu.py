@@ -1,8 +1,8 @@
 """The ops on every device here against plain indexing on the CPU, bit for bit.
 
-On a machine with a GPU and kernels for it, tools/gpu_check.sh runs these tests, with inputs from a
-new seed each time; MEGATRON_RLTD_TEST_SEED repeats one. What no CPU has, streams and graphs, is
-skipped without a GPU.
+On a machine with a GPU and kernels for it, tools/dev/gpu_check.sh runs these tests, with inputs
+from a new seed each time; MEGATRON_RLTD_TEST_SEED repeats one. What no CPU has, streams and graphs,
+is skipped without a GPU.
 
 Shapes: s sequence length, b micro batch, h hidden size, k kept tokens, m those of the next layer.
 """

@@ -216,6 +216,11 @@ def run(
         if options.plot:
             draw(results, path.with_suffix(".png"))
             print(f"plot: {path.with_suffix('.png')}")
+    except torch.OutOfMemoryError as error:
+        print(
+            f"{tool}: {str(error).splitlines()[0]} A smaller micro-batch may fit.", file=sys.stderr
+        )
+        return 2
     except (BenchmarkError, ModuleNotFoundError) as error:
         print(f"{tool}: {error}", file=sys.stderr)
         return 2

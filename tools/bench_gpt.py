@@ -4,9 +4,8 @@ Shapes: s sequence length, b micro batch, h hidden size, v vocabulary.
 """
 
 import contextlib
-import functools
-import importlib
 import importlib.util
+import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,15 +14,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from bench_attention import TRANSFORMER_ENGINE, layer_spec
+from torch.profiler import record_function
 
 from megatron_rltd import cpu
 from megatron_rltd.config import RandomLTDConfig
 from megatron_rltd.random_ltd import RandomLTD
 
-LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
 Backend = Literal["auto", "cuda", "torch"]
 DTYPES = ("float32", "bfloat16")
 PARTS = ("forward", "backward", "optimizer")
+FUSED, UNFUSED = "fused", "unfused"
+OPTIMIZER = "bench: optimizer"  # what the profiler calls all of it
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ PRESETS = {
     # The output layer's share of the operations is about that of the large model.
     "small": Shape(8, 512, 8, 512, 4096, 2, "float32"),
     # GPT-3 1.3B of arXiv 2211.11586; the vocabulary is GPT-2's, padded.
-    "gpt3-1.3b": Shape(24, 2048, 16, 2048, 50304, 4, "bfloat16"),
+    "gpt3-1.3b": Shape(24, 2048, 16, 2048, 50304, 8, "bfloat16"),
 }
 
 
@@ -93,29 +95,34 @@ def one_process(device: torch.device) -> Iterator[None]:
         yield
 
 
-@functools.cache
-def implementation() -> str:
-    """Return which layers a model gets: Transformer Engine's if it can be imported."""
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception:  # not there, or built for another torch or CUDA
-        return LOCAL
-    return TRANSFORMER_ENGINE if torch.cuda.is_available() else LOCAL
+def default_cross_entropy(shape: Shape, device: torch.device) -> str:
+    """Return the cross-entropy of a training: fused, where that changes nothing but the time."""
+    return FUSED if shape.dtype == "bfloat16" and device.type == "cuda" else UNFUSED
 
 
-def build(shape: Shape) -> Any:
-    """Return the model in training mode, as Megatron's own scripts wrap it."""
+def has_extension(name: str) -> bool:
+    """Return whether one of Megatron's optional kernels can run here."""
+    return torch.cuda.is_available() and importlib.util.find_spec(name) is not None
+
+
+def has_fused_gradients() -> bool:
+    """Return whether weight gradients are added up where they are computed."""
+    return has_extension("fused_weight_gradient_mlp_cuda")
+
+
+def build(shape: Shape, attention: str, cross_entropy: str) -> Any:
+    """Return the model in training mode, as Megatron's own scripts wrap it.
+
+    Args:
+        attention: One of `bench_attention.DESCRIBED`.
+        cross_entropy: `FUSED` or `UNFUSED`; fused is Megatron's native one.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt import gpt_layer_specs as specs
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
 
     is_bf16, has_gpu = shape.dtype == "bfloat16", torch.cuda.is_available()
-
-    def has(extension: str) -> bool:
-        return has_gpu and importlib.util.find_spec(extension) is not None
-
     config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -125,20 +132,18 @@ def build(shape: Shape) -> Any:
         bf16=is_bf16,
         params_dtype=getattr(torch, shape.dtype),
         # What of Megatron's fused kernels is there, as its scripts have it by default.
-        masked_softmax_fusion=has("scaled_upper_triang_masked_softmax_cuda"),
-        gradient_accumulation_fusion=has("fused_weight_gradient_mlp_cuda"),
+        masked_softmax_fusion=has_extension("scaled_upper_triang_masked_softmax_cuda"),
+        gradient_accumulation_fusion=has_fused_gradients(),
         bias_activation_fusion=has_gpu,
         bias_dropout_fusion=has_gpu,
-        apply_rope_fusion=has_gpu and implementation() == TRANSFORMER_ENGINE,
+        apply_rope_fusion=has_gpu and attention == TRANSFORMER_ENGINE,
+        cross_entropy_loss_fusion=cross_entropy == FUSED,
+        cross_entropy_fusion_impl="native",
         use_cpu_initialization=not has_gpu,
     )
-    if implementation() == TRANSFORMER_ENGINE:
-        spec = specs.get_gpt_layer_with_transformer_engine_spec()
-    else:
-        spec = specs.get_gpt_layer_local_spec()
     model: Any = GPTModel(
         config,
-        spec,
+        layer_spec(attention),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.seq_length,
         position_embedding_type=shape.position_embedding_type,
@@ -156,11 +161,19 @@ class Trainer:
         dropped: Number of layers that drop.
     """
 
-    def __init__(self, shape: Shape, least: int, device: torch.device, backend: Backend):
+    def __init__(
+        self,
+        shape: Shape,
+        least: int,
+        device: torch.device,
+        backend: Backend,
+        attention: str,
+        cross_entropy: str,
+    ):
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         self.shape, self.device, self._least = shape, device, least
-        self.model = build(shape)
+        self.model = build(shape, attention, cross_entropy)
         settings = OptimizerConfig(
             lr=1e-4,
             clip_grad=1.0,
@@ -176,7 +189,12 @@ class Trainer:
         self._consumed_samples = 0
 
     def step(
-        self, kept: int, micro_batch_size: int, samples: int, mark: Callable[[str], None]
+        self,
+        kept: int,
+        micro_batch_size: int,
+        samples: int,
+        mark: Callable[[str], None],
+        passes: contextlib.AbstractContextManager | None = None,
     ) -> None:
         """Train on random tokens.
 
@@ -185,6 +203,7 @@ class Trainer:
             micro_batch_size: b.
             samples: Samples of the step, a multiple of b.
             mark: Called with the part that has just ended, one of `PARTS`.
+            passes: Entered for the forward and backward passes, if any.
         """
         from megatron.core.distributed import finalize_model_grads
 
@@ -193,51 +212,55 @@ class Trainer:
         )
         positions = torch.arange(self.shape.seq_length, device=self.device)
         positions = positions.expand(micro_batch_size, -1)
-        self.model.zero_grad_buffer()
-        self._optimizer.zero_grad()
+        with record_function(OPTIMIZER):
+            self.model.zero_grad_buffer()
+            self._optimizer.zero_grad()
         self._random_ltd.begin_step(kept - self._least, self._consumed_samples)
         assert self._random_ltd.kept_tokens == kept
         mark("optimizer")
-        for index, part in enumerate(tokens.split(micro_batch_size)):
-            self._random_ltd.begin_micro_batch(index)
-            losses = self.model(part[:, :-1], positions, None, labels=part[:, 1:])
-            loss = losses.mean() * (micro_batch_size / samples)
-            mark("forward")
-            loss.backward()
-            mark("backward")
+        with passes or contextlib.nullcontext():
+            for index, part in enumerate(tokens.split(micro_batch_size)):
+                self._random_ltd.begin_micro_batch(index)
+                losses = self.model(part[:, :-1], positions, None, labels=part[:, 1:])
+                loss = losses.mean() * (micro_batch_size / samples)
+                mark("forward")
+                loss.backward()
+                mark("backward")
         self._random_ltd.end_step()
-        finalize_model_grads([self.model])
-        self._optimizer.step()
+        with record_function(OPTIMIZER):
+            finalize_model_grads([self.model])
+            self._optimizer.step()
         mark("optimizer")
         self._consumed_samples += samples
 
     def timed_step(
         self, kept: int, micro_batch_size: int, samples: int, now: Callable[[], float]
     ) -> dict[str, float]:
-        """Take a step; return the seconds of "step" and of each of `PARTS`.
+        """Take a step; return the seconds of "step", of each of `PARTS`, and of "host".
+
+        That is the time that Python takes to give the forward and backward passes to the GPU, or
+        the GPU to take them if it is behind; on a CPU it is the passes' own.
 
         Args:
             now: The clock of the CPU.
         """
-        marks: list[tuple[str, Any]] = []
+        is_gpu = self.device.type == "cuda"
+        marks: list[tuple[str, float, Any]] = []
 
         def mark(part: str) -> None:
-            if self.device.type == "cuda":
-                event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True) if is_gpu else None
+            if event:
                 event.record()
-                marks.append((part, event))
-            else:
-                marks.append((part, now()))
+            marks.append((part, now(), event))
 
-        if self.device.type == "cuda":
+        if is_gpu:
             torch.cuda.synchronize()
-        start = now()
         mark("start")
         self.step(kept, micro_batch_size, samples, mark)
-        if self.device.type == "cuda":
+        if is_gpu:
             torch.cuda.synchronize()
-        seconds = dict.fromkeys(("step", *PARTS), 0.0) | {"step": now() - start}
-        for (_, begin), (part, end) in zip(marks, marks[1:], strict=False):
-            is_event = self.device.type == "cuda"
-            seconds[part] += begin.elapsed_time(end) / 1000 if is_event else end - begin
+        seconds = dict.fromkeys(("step", *PARTS, "host"), 0.0) | {"step": now() - marks[0][1]}
+        for (_, began, start), (part, ended, end) in itertools.pairwise(marks):
+            seconds[part] += start.elapsed_time(end) / 1000 if is_gpu else ended - began
+            seconds["host"] += ended - began if part != "optimizer" else 0
         return seconds

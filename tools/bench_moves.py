@@ -22,6 +22,7 @@ to [k, b, h]; returns the hidden states after the last layer."""
 
 KERNELS, IN_PLACE, TORCH = "kernels", "kernels, in place per layer", "torch"
 DEEPSPEED_LINES, DEEPSPEED = "DeepSpeed formulation", "DeepSpeed"
+DEEPSPEED_LONGEST = 2048
 SEED = 1234
 
 
@@ -150,13 +151,19 @@ def _per_layer(
     return hidden
 
 
-def deepspeed(device: torch.device, dtype: torch.dtype) -> tuple[Any, str]:
+def deepspeed(
+    device: torch.device, dtype: torch.dtype, seq_length: int, hidden_size: int
+) -> tuple[Any, str]:
     """Return DeepSpeed's module of random-LTD, its kernels built, or None; and why there is none.
 
-    Its kernels are for GPUs only.
+    Its kernels are for GPUs only. They are built at their first use, by nvcc and ninja.
     """
     if device.type != "cuda":
         return None, "its kernels need a GPU"
+    # Beyond these its kernels read and write elsewhere, without an error
+    # (csrc/random_ltd/token_sort.cu, gather_scatter.cu of DeepSpeed 0.19).
+    if seq_length > DEEPSPEED_LONGEST or hidden_size * dtype.itemsize % 16:
+        return None, f"its kernels are for {DEEPSPEED_LONGEST} tokens and rows of 16-byte units"
     try:
         dropping_utils = importlib.import_module("deepspeed.ops.random_ltd.dropping_utils")
         hidden = torch.zeros(16, 1, 16, device=device, dtype=dtype)

@@ -1,6 +1,7 @@
 """Time choosing and moving tokens: compiled kernels, plain torch, and DeepSpeed's way of doing it.
 
     python tools/bench_ops.py                    on the GPU, else the CPU
+    python tools/bench_ops.py --micro-batch-size 1 4 8 16 --shares 0.06 0.5 0.95
     python tools/bench_ops.py --quick --plot     tiny, to see that it works
     python tools/bench_ops.py --from benchmarks/results/bench_ops-nvidia-h200.json --plot
 
@@ -55,14 +56,15 @@ FORWARD, BOTH = "forward", "forward+backward"
 RUN = "run"
 # {kind: default of each of SIZE_NAMES}. The hidden states are larger than the caches.
 SIZES = {
-    "cpu": (2048, 4, 2048, 22, "float32", 7),
-    "cuda": (2048, 16, 2048, 22, "bfloat16", 30),
-    "quick": (256, 2, 64, 4, "float32", 2),
+    "cpu": (2048, [4], 2048, 22, "float32", 7),
+    "cuda": (2048, [16], 2048, 22, "bfloat16", 30),
+    "quick": (256, [2], 64, 4, "float32", 2),
 }
 SIZE_NAMES = "seq_length micro_batch_size hidden_size num_layers dtype rounds".split()
 # {heading: (key of a row, format)}
 COLUMNS = {
     "what": ("what", ""),
+    "b": ("micro_batch_size", ""),
     "k/s": ("share", ".2f"),
     "way": ("way", ""),
     "rows moved per layer": ("rows_per_layer", ".2f"),
@@ -72,6 +74,7 @@ COLUMNS = {
     "vs DeepSpeed formulation": ("time_vs_deepspeed_formulation", ".2f"),
     "GB/s": ("gigabytes_per_second", ",.1f"),
     "of a copy's": ("share_of_copy", ".0%"),
+    "copy, GB/s": ("copy_gigabytes_per_second", ",.1f"),
     "launches, ms": ("launch_milliseconds", ",.3f"),
 }
 
@@ -125,6 +128,9 @@ def compare(options: argparse.Namespace, like: Tensor, ways: Mapping[str, Timed]
                 "bytes": moved,
                 "gigabytes_per_second": moved / median / 1e9 if moved else None,
                 "share_of_copy": ratio(seconds[moved], seconds[way]) if moved else None,
+                "copy_gigabytes_per_second": moved / spread(seconds[moved])[0] / 1e9
+                if moved
+                else None,
                 "launch_milliseconds": launches * 1e3 if launches else None,
                 "seconds": seconds[way],
             }
@@ -175,7 +181,8 @@ def measure_share(
             }
             rows.append(counted | row)
     ops.use_backend("auto")
-    return [{"share": share, "kept_tokens": kept} | row for row in rows]
+    shared = {"micro_batch_size": hidden.size(1), "share": share, "kept_tokens": kept}
+    return [shared | row for row in rows]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -190,7 +197,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         raise BenchmarkError("--num-layers must be 2 or more and --shares between 0 and 1")
     facts = machine(options.device)
     dtype = getattr(torch, options.dtype)
-    module, why = deepspeed(options.device, dtype)
+    module, why = deepspeed(options.device, dtype, options.seq_length, options.hidden_size)
     notes = [
         "a row moved is one of [s, b, h] read or written, in units of s * b rows; counted from the "
         "index sets, backward included where there is one; expected is its mean",
@@ -204,9 +211,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if why:
         notes.append(f"without DeepSpeed: {why}")
     torch.manual_seed(0)
-    shape = (options.seq_length, options.micro_batch_size, options.hidden_size)
-    hidden = torch.randn(shape, device=options.device).to(dtype)
-    rows = [row for p in options.shares for row in measure_share(options, hidden, p, module)]
+    rows = []
+    for size in options.micro_batch_size:
+        shape = (options.seq_length, size, options.hidden_size)
+        hidden = torch.randn(shape, device=options.device).to(dtype)
+        for share in options.shares:
+            rows += measure_share(options, hidden, share, module)
     order = list(dict.fromkeys(row["what"] for row in rows))
     rows.sort(key=lambda row: order.index(row["what"]))  # and within, as they were measured
     settings = {name: getattr(options, name) for name in [*SIZE_NAMES, "quick"]}
@@ -217,12 +227,14 @@ def show(results: dict[str, Any]) -> None:
     """Print a table of the ops alone, a line for each way to do one, and a table of the runs."""
     sizes = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
     runs = [row for row in results["rows"] if row["what"].startswith(RUN)]
-    single: dict[tuple[str, str], Row] = {}
+    single: dict[tuple, Row] = {}
     for row in results["rows"][: -len(runs)]:
-        line = single.setdefault((row["what"], row["way"]), {k: row[k] for k in ("what", "way")})
+        key = {name: row[name] for name in ("what", "way", "micro_batch_size")}
+        line = single.setdefault(tuple(key.values()), key)
         line[row["share"]] = f"{row['milliseconds']:,.3f} ({row['time_vs_torch']:.2f})"
     lines = list(single.values())
-    columns = {key if key in COLUMNS else f"k/s {key}": (key, "") for key in lines[0]}
+    names = {key: name for name, (key, _) in COLUMNS.items()}
+    columns = {names.get(key, f"k/s {key}"): (key, "") for key in lines[0]}
     print(f"{sizes}\n\neach op alone, ms and (relative to torch):\n\n{table(columns, lines)}")
     print(f"\na run of layers:\n\n{table(COLUMNS, runs)}")
 
@@ -235,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     add_options(parser, rounds="7; on a GPU 30")
     parser.add_argument("--shares", type=float, nargs="+", metavar="P", help="kept shares k/s")
     parser.add_argument("--seq-length", type=int, help="2048")
-    parser.add_argument("--micro-batch-size", type=int, help="4; on a GPU 16")
+    parser.add_argument("--micro-batch-size", type=int, nargs="+", metavar="B", help="4; GPU: 16")
     parser.add_argument("--hidden-size", type=int, help="2048")
     parser.add_argument("--num-layers", type=int, help="of a run (22)")
     parser.add_argument("--dtype", choices=DTYPES, help="float32; on a GPU bfloat16")

@@ -35,8 +35,10 @@ def _title(results: dict[str, Any], *names: str) -> str:
 
 
 def draw_ops(results: dict[str, Any], path: Path) -> None:
-    """Draw rows moved, time and speed of a run against the kept share."""
+    """Draw rows moved, time and speed of a run against the kept share, at the largest b."""
     rows = [row for row in results["rows"] if row["what"] == "run, forward+backward"]
+    size = max(row["micro_batch_size"] for row in rows)
+    rows = [row for row in rows if row["micro_batch_size"] == size]
     figure, (moved, times, speed) = _figure(3)
 
     def curve(axes: Any, way: str, value: Callable[[Row], Any], **style: Any) -> None:
@@ -53,8 +55,8 @@ def draw_ops(results: dict[str, Any], path: Path) -> None:
     speed.set_ylabel("bytes per second relative to a copy")
     for axes in (moved, times, speed):
         axes.set(xlabel="kept share k/s", xlim=(0, 1), ylim=(0, None))
-    names = ("seq_length", "micro_batch_size", "hidden_size", "num_layers", "dtype")
-    figure.suptitle(_title(results, *names), fontsize=9)
+    title = _title(results, "seq_length", "hidden_size", "num_layers", "dtype")
+    figure.suptitle(f"{title}, micro batch size {size}", fontsize=9)
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, format="png", dpi=120)
 

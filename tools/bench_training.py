@@ -1,12 +1,14 @@
 """Time training steps of a GPT at several kept lengths against dense ones, in one process.
 
     python tools/bench_training.py                          on the GPU, else the CPU: a small GPT
-    python tools/bench_training.py --preset gpt3-1.3b       GPT-3 1.3B on one GPU
-    python tools/bench_training.py --profile                where a step's time goes
-    python tools/bench_training.py --from benchmarks/results/bench_training-amd-epyc.json --plot
+    python tools/bench_training.py --preset gpt3-1.3b       GPT-3 1.3B on one GPU, b = 8
+    python tools/bench_training.py --profile                what a step's time goes into
+    python tools/bench_training.py --from RESULTS.json --plot      show and draw them again
 
-The steps go in turn: dense, one of each kept length, dense, and so on. In theory a step takes a
-time proportional to its floating-point operations; the share of the saving realised is
+The steps go in turn: dense, one of each kept length, dense, and so on; each has several
+micro-batches, for one optimizer step after a single micro-batch would weigh more than in training.
+In theory a step takes a time proportional to its floating-point operations; the share of the saving
+realised is
 
     (1 - time relative to dense) / (1 - operations relative to dense)
 
@@ -22,32 +24,21 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import bench_profile
-import numpy
 import torch
+from bench_attention import DESCRIBED, is_causal_only
 from bench_common import BenchmarkError, Row, add_options, chosen_device, machine, run, table
-from bench_gpt import (
-    DTYPES,
-    LOCAL,
-    PARTS,
-    PRESETS,
-    TRANSFORMER_ENGINE,
-    Shape,
-    Trainer,
-    implementation,
-    one_process,
-    operations,
-)
+from bench_gpt import PARTS, Shape, has_fused_gradients, one_process, operations
+from bench_lengths import default_lengths, grown_micro_batch, over_schedule, paper_schedule
+from bench_model_options import add_model_options, chosen_shape, trainer_of
 from bench_plots import draw_training
 from bench_timing import CPU_TIME, KEPT_MEMORY, interleaved, keep_freed_memory, ratio, spread
 
-from megatron_rltd.ops import BACKENDS
-from megatron_rltd.schedule import LayerTokens, Schedule
+from megatron_rltd.schedule import LayerTokens
 
-STEPS, RAMP = 100_000, 70_000  # of the schedule; only their quotient matters
 WARM_UP = 2  # rounds
 LEAST_SAVING = 0.02  # below it the share realised is a quotient of noise
 # {heading: (key of a row, format)}
@@ -60,6 +51,7 @@ COLUMNS = {
     "forward": ("forward_milliseconds", ",.1f"),
     "backward": ("backward_milliseconds", ",.1f"),
     "optimizer": ("optimizer_milliseconds", ",.1f"),
+    "host": ("host_milliseconds", ",.1f"),
     "LayerTokens": ("layer_token_ratio", ".3f"),
     "operations": ("operation_ratio", ".3f"),
     "time": ("time_ratio", ".3f"),
@@ -67,63 +59,6 @@ COLUMNS = {
     "without optimizer": ("saving_realised_without_optimizer", ".0%"),
     "peak GiB": ("peak_gib", ".1f"),
 }
-
-
-def paper_schedule(shape: Shape) -> Schedule:
-    """Return the paper's schedule, for any sequence length."""
-    s = shape.seq_length
-    return Schedule(s, max(1, s // 16), RAMP, max(1, s // 128))
-
-
-def default_lengths(schedule: Schedule) -> list[int]:
-    """Return the lengths to measure: the first, the last before nothing is dropped, some others."""
-    s = schedule.seq_length
-    lengths = {schedule.min_tokens, s // 8, s // 4, s // 2, 3 * s // 4, s - schedule.increment}
-    return sorted(kept for kept in lengths if schedule.min_tokens <= kept < s)
-
-
-def grown_micro_batch(shape: Shape, tokens: LayerTokens, kept: int, limit: int) -> int:
-    """Return the largest micro-batch that has no more LayerTokens than a dense one.
-
-    Args:
-        limit: It is at most so many times the dense one, and a power of two times it.
-    """
-    factor = 1
-    while 2 * factor <= limit and 2 * factor * tokens.per_sample(kept) <= tokens.dense:
-        factor *= 2
-    return factor * shape.micro_batch_size
-
-
-def shares(schedule: Schedule, steps: int) -> dict[int, float]:
-    """Return the share of the steps that each kept length has."""
-    levels = [(first, kept) for first, kept in schedule.levels() if first < steps]
-    ends = [first for first, _ in levels[1:]] + [steps]
-    return {kept: (end - first) / steps for (first, kept), end in zip(levels, ends, strict=True)}
-
-
-def over_schedule(
-    schedule: Schedule, tokens: LayerTokens, cost: Callable[[int], int], rows: Sequence[Row]
-) -> Row:
-    """Return what is saved over a whole schedule, in theory and in time.
-
-    Args:
-        cost: Operations of a sample at a kept length.
-        rows: Of the table, one for each kept length, the dense one included.
-    """
-    weights = shares(schedule, STEPS)
-    dense = cost(schedule.seq_length)
-    measured = sorted((row["operation_ratio"], row["time_ratio"]) for row in rows)
-    theory = {kept: cost(kept) / dense for kept in weights}
-    times = numpy.interp(list(theory.values()), *zip(*measured, strict=True))
-    saved = 1 - sum(weights[kept] * theory[kept] for kept in weights)
-    faster = 1 - sum(w * t for w, t in zip(weights.values(), times, strict=True))
-    consumed = tokens.after(STEPS, 1).layer_tokens / (STEPS * tokens.dense)
-    return {
-        "layer_tokens_saved": 1 - consumed,
-        "operations_saved": saved,
-        "time_saved": float(faster),
-        "saving_realised": float(faster) / saved,
-    }
 
 
 def rows_of(
@@ -149,7 +84,7 @@ def rows_of(
         kept, micro_batch_size = key
         median, lower, upper = (1e3 * value for value in spread(column(key, "step")))
         saved = 1 - cost(kept) / cost(shape.seq_length)
-        medians = {f"{p}_milliseconds": 1e3 * spread(column(key, p))[0] for p in PARTS}
+        medians = {f"{p}_milliseconds": 1e3 * spread(column(key, p))[0] for p in (*PARTS, "host")}
         rows.append(
             {
                 "kept_tokens": kept,
@@ -170,68 +105,62 @@ def rows_of(
     return rows
 
 
-def chosen_shape(options: argparse.Namespace) -> Shape:
-    """Return the preset with what the options change."""
-    preset = PRESETS["tiny" if options.quick else options.preset]
-    names = [field.name for field in dataclasses.fields(Shape)]
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return dataclasses.replace(preset, **given)
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return the results, as `bench_common.write_results` takes them, and those of the schedule."""
     device = chosen_device(options)
-    if device.type == "cpu" and torch.cuda.is_available():
-        raise BenchmarkError("--device cpu: Megatron runs on the CPU only where there is no GPU")
-    shape, facts = chosen_shape(options), machine(device)
-    if shape.dtype not in DTYPES:
-        raise BenchmarkError(f"--dtype {shape.dtype} must be one of {', '.join(DTYPES)}")
-    schedule = paper_schedule(shape)
+    shape, facts = chosen_shape(options, device), machine(device)
+    schedule = paper_schedule(shape.seq_length)
     lengths = sorted(set(options.kept or default_lengths(schedule)))
     if not lengths or lengths[0] < 1 or lengths[-1] >= shape.seq_length:
         raise BenchmarkError(f"--kept must be between 1 and s - 1 = {shape.seq_length - 1}")
+    if options.micro_batches % options.grow_micro_batch:
+        raise BenchmarkError(
+            f"--grow-micro-batch {options.grow_micro_batch} must divide --micro-batches "
+            f"{options.micro_batches}"
+        )
     rounds = options.rounds or (2 if options.quick else 7)
-    samples = shape.micro_batch_size * options.grow_micro_batch
+    samples = shape.micro_batch_size * options.micro_batches
     notes = [KEPT_MEMORY] if device.type == "cpu" and keep_freed_memory() else []
     notes += [CPU_TIME] if options.cpu_time else []
     with one_process(device):
-        trainer = Trainer(shape, lengths[0], device, options.backend)
+        trainer = trainer_of(options, shape, lengths[0], device)
         tokens = LayerTokens(schedule, shape.num_layers, trainer.dropped)
-        is_causal = implementation() == TRANSFORMER_ENGINE
+        is_causal = is_causal_only(options.attention)
         cost = functools.partial(operations, shape, dropped=trainer.dropped, is_causal=is_causal)
-        keys = [(kept, shape.micro_batch_size) for kept in (shape.seq_length, *lengths)]
-        for kept in lengths:
-            grown = grown_micro_batch(shape, tokens, kept, options.grow_micro_batch)
-            if grown > shape.micro_batch_size:
-                keys.append((kept, grown))
         now = time.process_time if options.cpu_time else time.perf_counter
+        keys = keys_of(shape, lengths, tokens, options.grow_micro_batch)
         steps = {key: functools.partial(trainer.timed_step, *key, samples, now) for key in keys}
-        peaks: dict[tuple[int, int], float] = {}
+        peaks = {}
         if device.type == "cuda":
-            for key, step in steps.items():
-                torch.cuda.reset_peak_memory_stats()
-                step()
-                peaks[key] = torch.cuda.max_memory_allocated() / 2**30
+            peaks = {key: peak(step) for key, step in steps.items()}
         times = interleaved(steps, lambda step: step(), rounds, WARM_UP)
         extra = {}
         if options.profile:
-            half = max(lengths[0], shape.seq_length // 2)
-            extra["profile"] = bench_profile.profile(trainer, half, samples, now, cost)
+            short, middle = lengths[0], max(lengths[0], shape.seq_length // 2)
+            compared = sorted({short, middle})
+            extra["profile"] = bench_profile.measure(trainer, compared, samples, now, cost)
     rows = rows_of(times, peaks, shape, tokens, cost)
+    for row in rows:
+        row |= {"attention": options.attention, "cross_entropy": options.cross_entropy}
     by_length = {row["kept_tokens"]: row for row in rows[: len(lengths) + 1]}
     notes += [
-        f"layers: {_LAYERS[implementation()]}",
-        f"a step: {samples} samples, Adam; 'time' is the median of ratios to dense, round by round",
+        f"layers: {DESCRIBED[options.attention]}; cross-entropy: {options.cross_entropy}; weight "
+        f"gradients added up {'where they are computed' if has_fused_gradients() else 'apart'}",
+        f"a step: {options.micro_batches} micro-batches, {samples} samples, Adam; 'time' is the "
+        "median of ratios to dense, round by round",
         "operations: matrix products with the output layer, attention "
         + ("without its masked half" if is_causal else "whole, as these layers compute it"),
     ]
+    if device.type == "cuda":
+        notes.append("host: until the forward and backward passes were given to the GPU, in ms")
     over = {"fixed micro-batch": over_schedule(schedule, tokens, cost, list(by_length.values()))}
     if len(rows) > len(by_length):
         by_length |= {row["kept_tokens"]: row for row in rows[len(by_length) :]}
         grown_rows = list(by_length.values())
         over["grown micro-batch"] = over_schedule(schedule, tokens, cost, grown_rows)
     settings = dataclasses.asdict(shape) | {"rounds": rounds, "samples": samples}
-    settings |= {"dropped_layers": trainer.dropped, "backend": options.backend}
+    settings |= {"micro_batches": options.micro_batches, "dropped_layers": trainer.dropped}
+    settings |= {key: getattr(options, key) for key in ("backend", "attention", "cross_entropy")}
     return {
         "machine": facts,
         "settings": settings,
@@ -242,10 +171,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-_LAYERS = {
-    LOCAL: "Megatron's local ones, plain torch, since Transformer Engine cannot be imported",
-    TRANSFORMER_ENGINE: "Transformer Engine's",
-}
+def keys_of(
+    shape: Shape, lengths: list[int], tokens: LayerTokens, limit: int
+) -> list[tuple[int, int]]:
+    """Return the (kept length, micro-batch) to measure, dense first, grown micro-batches last.
+
+    Args:
+        limit: A micro-batch grows to so many times a dense one's.
+    """
+    size = shape.micro_batch_size
+    grown = {kept: grown_micro_batch(size, tokens, kept, limit) for kept in lengths}
+    keys = [(kept, size) for kept in (shape.seq_length, *lengths)]
+    return keys + [(kept, larger) for kept, larger in grown.items() if larger > size]
+
+
+def peak(step: Callable[[], Any]) -> float:
+    """Return the peak memory of a step on the GPU, in GiB."""
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def show(results: dict[str, Any]) -> None:
@@ -265,21 +209,19 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, rounds="7, after two that do not count")
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="sizes (small)")
-    for field in dataclasses.fields(Shape):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=field.type, help="instead of the preset's")
+    add_model_options(parser)
     parser.add_argument("--kept", type=int, nargs="+", metavar="K", help="kept lengths to measure")
     parser.add_argument(
         "--grow-micro-batch",
         type=int,
         default=1,
         metavar="TIMES",
-        help="a step is so many micro-batches; also measure short kept lengths in fewer, larger "
-        "ones, of at most a dense one's LayerTokens",
+        help="also measure short kept lengths in fewer, up to so many times larger micro-batches, "
+        "of at most a dense one's LayerTokens",
     )
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="random-LTD's (auto)")
-    parser.add_argument("--profile", action="store_true", help="where a step's time goes, k = s/2")
+    parser.add_argument(
+        "--profile", action="store_true", help="what a step's time goes into: dense, short, k = s/2"
+    )
     return run("bench_training", parser.parse_args(argv), measure, show, draw_training)
 
 

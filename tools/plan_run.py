@@ -3,6 +3,7 @@
     python tools/plan_run.py --gpus 64 -- --num-layers 24 ... --random-ltd ...
     python tools/plan_run.py --gpus 64 --tflops 400 --from train.sh
     python tools/plan_run.py --from flags.txt --plot plan.png -- --train-layer-tokens 200000000000
+    python tools/plan_run.py --gpus 64 --gpu h100 --from train.sh
 
 The flags are read and checked by Megatron itself, as in training. What comes after -- are flags;
 beside --from they are added to those of the file. A file holds flags, with comments and lines
@@ -10,10 +11,12 @@ continued by a backslash if you like, or a whole command. A shell script is run 
 DRY_RUN: with DRY_RUN=1 it is to print its command instead of running it.
 
 The run is compared with dense runs on the same samples (iso-data) and on the same LayerTokens
-(iso-compute). docs/planning.md explains what is printed.
+(iso-compute). With --gpu it is also estimated how much of the saving turns into time on such a GPU.
+docs/planning.md explains what is printed.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -26,7 +29,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package, installed or not
 
+import plan_gpu
 import plan_report
+from gpu_time import GPUS, Gpu
 from megatron_arguments import PlanError
 from planning import make_plan
 
@@ -147,12 +152,34 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--gpus", type=_positive(int), metavar="N", help="world size (default: one replica's)")
     add("--tflops", type=_positive(float), metavar="X", help="TFLOP/s per GPU, for hours")
     add("--dense-tokens", type=_positive(int), metavar="N", help="compare with a dense run of N")
+    add("--gpu", choices=GPUS, help="estimate what the run saves in time on such GPUs")
+    add("--gpu-tflops", type=_positive(float), metavar="X", help="of large bf16 products, instead")
+    add("--gpu-bandwidth", type=_positive(float), metavar="X", help="of a copy, TB/s, instead")
+    add("--gpu-sms", type=_positive(int), metavar="N", help="multiprocessors, instead")
     add("--json", action="store_true", help="print plain numbers, and more of them")
     add("--plot", type=Path, metavar="PNG", help="draw kept tokens and learning rate")
     options = parser.parse_args(argv[:split])
     if options.file is None and split == len(argv):
         parser.error("give the flags of training after --, or --from FILE")
     return options, argv[split + 1 :]
+
+
+def chosen_gpu(options: argparse.Namespace) -> Gpu | None:
+    """Return the GPU to estimate for, or None.
+
+    Raises:
+        PlanError: It is described in part.
+    """
+    fields = {"tflops": "tflops", "bandwidth": "bandwidth", "multiprocessors": "sms"}
+    given = {field: getattr(options, f"gpu_{name}") for field, name in fields.items()}
+    given = {field: value for field, value in given.items() if value}
+    if options.gpu:
+        return dataclasses.replace(GPUS[options.gpu], **given)
+    if not given:
+        return None
+    if len(given) < len(fields):
+        raise PlanError("give all of --gpu-tflops, --gpu-bandwidth and --gpu-sms, or --gpu")
+    return Gpu(**given)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,11 +192,15 @@ def main(argv: list[str] | None = None) -> int:
         if script and Path(script).is_file():
             # As in training: in a clone of Megatron-LM the script's folder holds its megatron.
             sys.path.insert(0, str(Path(script).resolve().parent))
+        gpu = chosen_gpu(options)
         plan = make_plan(flags, options.gpus, options.dense_tokens)
+        found = plan_gpu.estimate(plan, gpu) if gpu else None
         if options.json:
-            text = json.dumps(plan_report.as_numbers(plan, options.tflops), indent=1)
+            numbers = plan_report.as_numbers(plan, options.tflops) | {"estimate": found}
+            text = json.dumps(numbers, indent=1)
         else:
             text = plan_report.as_text(plan, options.tflops)
+            text += f"\n\n{plan_gpu.as_text(found)}" if found else ""
         if options.plot:
             plan_report.draw(plan, options.plot)
     except (PlanError, OSError, ModuleNotFoundError) as error:

@@ -72,6 +72,17 @@ if [ -z "${PYTHON:-}" ] && [ -z "$DRY_RUN${CONTAINER:-}${LAUNCHER:-}" ]; then
   PYTHON=$(source "$root/tools/environment.sh" && printf '%s' "$PYTHON") || exit 1
 fi
 
+# Every kept length is a new size of tensors: without this, torch's memory would fall to pieces.
+if [ -z "${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set}" ]; then
+  export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+fi
+# Megatron would stop without it, with Transformer Engine too: its output layer is its own.
+if [ -z "$GRADIENT_FUSION" ] && [ -z "${CONTAINER:-}${LAUNCHER:-}" ]; then
+  "${PYTHON:-python3}" -c 'import importlib.util as util, sys
+sys.exit(util.find_spec("fused_weight_gradient_mlp_cuda") is None)' || GRADIENT_FUSION=0
+fi
+[ "$GRADIENT_FUSION" != 0 ] || TRAINING_ARGS+=(--no-gradient-accumulation-fusion)
+
 # The time limit, should the signal before it be missed, say where SLURM's are not passed on.
 minutes_left() {
   local end

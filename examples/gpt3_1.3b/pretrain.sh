@@ -33,11 +33,18 @@
 # The model on the machine
 #   TP, PP, CP         tensor, pipeline and context parallel sizes (1)
 #   SP                 1: sequence parallelism
-#   MICRO_BATCH_SIZE   samples at once on a GPU (4). random-LTD's peak memory is that of a dense run;
-#                      --random-ltd-preflight makes a run that will not fit fail in its first minute
+#   MICRO_BATCH_SIZE   samples at once on a GPU (8, for GPUs of 80 GB; README.md has the sum).
+#                      random-LTD's peak memory is that of a dense run; --random-ltd-preflight makes
+#                      a run that will not fit fail in its first minute
 #   SAVE_INTERVAL      iterations between checkpoints (1000)
 #   RETAIN_INTERVAL    and between those that stay when there are newer ones (ten times that)
 #   PRECISION          bf16, fp16 or fp32
+#   LOSS_FUSION        1: with bf16, Megatron compiles the cross-entropy; 0: it does not, which
+#                      --deterministic-mode in EXTRA_ARGS needs
+#   GRADIENT_FUSION    1: weight gradients are added up where they are computed, for which Megatron
+#                      needs an extension of APEX; 0: apart. (1 if PYTHON has the extension, or runs
+#                      in a CONTAINER or by a LAUNCHER: NVIDIA's images have it)
+#   PYTORCH_CUDA_ALLOC_CONF  of torch (expandable_segments:True, for each kept length is a new size)
 # The experiment
 #   METHOD             dense, ltd, or constant: drop without growth, the ablation
 #   TOKENS             of a dense run; LayerTokens per layer of another, the paper's measure. At full
@@ -66,8 +73,9 @@ STRATA=${STRATA:-16} SEED=${SEED:-1234}
 TP=${TP:-1} PP=${PP:-1} CP=${CP:-1} SP=${SP:-0} RAMP_ITERS=${RAMP_ITERS:-200000}
 warmup_tokens=3000000000
 
-for name in SP LAYER_TOKEN_LR; do
-  [[ ${!name} =~ ^[01]$ ]] || give_up "$name=${!name} is not 0 or 1"
+LOSS_FUSION=${LOSS_FUSION:-1} GRADIENT_FUSION=${GRADIENT_FUSION:-}
+for name in SP LAYER_TOKEN_LR LOSS_FUSION GRADIENT_FUSION; do
+  [[ ${!name:-0} =~ ^[01]$ ]] || give_up "$name=${!name} is not 0 or 1"
 done
 # Before anything is calculated with them.
 for name in TOKENS RAMP_ITERS MIN_TOKENS TP PP CP GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE \
@@ -79,7 +87,8 @@ done
 case $SCALE in
   full)
     layers=24 hidden=2048 heads=16 seq=2048
-    GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-512} MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-4}
+    GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-512}
+    MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-8}
     PRECISION=${PRECISION:-bf16} DROPOUT=${DROPOUT:-0.1}
     SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
     RUN_DIR=${RUN_DIR:-$root/runs/gpt3_1.3b/$NAME}
@@ -126,9 +135,15 @@ case $PRECISION in
   fp32) ;;
   *) problem "PRECISION=$PRECISION is not bf16, fp16 or fp32" ;;
 esac
+# In other precisions it would round the gradients to bfloat16. Transformer Engine's, faster still,
+# is refused by Megatron since 0.18 as unstable.
+if [ "$PRECISION$LOSS_FUSION" = bf161 ]; then
+  TRAINING_ARGS+=(--cross-entropy-loss-fusion --cross-entropy-fusion-impl native)
+fi
 
 RANDOM_LTD_ARGS=(
   --random-ltd --random-ltd-min-tokens "$MIN_TOKENS" --random-ltd-increment 16
+  # HERE: growth of the micro-batch while few tokens are kept.
   --random-ltd-strata "$STRATA" --random-ltd-preflight --train-layer-tokens "$TOKENS"
 )
 [ "$LAYER_TOKEN_LR" = 0 ] || RANDOM_LTD_ARGS+=(--layer-token-lr)

@@ -1,11 +1,14 @@
-"""What tools/gpu_check.sh found: compare the losses of two runs, and sum up its steps.
+"""Steps of tools/dev/gpu_check.sh that are a few lines of Python, and what all of them came to.
 
-python tools/gpu_report.py losses ONE.log OTHER.log --tolerance 1e-3
-python tools/gpu_report.py summary WORK OUT --device cuda
+python tools/dev/gpu_report.py one-op --device cuda
+python tools/dev/gpu_report.py deepspeed
+python tools/dev/gpu_report.py losses ONE.log OTHER.log --tolerance 1e-3
+python tools/dev/gpu_report.py summary WORK OUT --device cuda
+
+The folders of this repository and of its tools are on PYTHONPATH.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -16,6 +19,38 @@ from pathlib import Path
 from typing import Any
 
 FIELDS = ("step", "result", "seconds", "why")
+
+
+def one_op(device: str) -> int:
+    """Move tokens by a compiled kernel, there and back; return the exit status."""
+    import torch
+
+    from megatron_rltd import gather_tokens, kernels
+
+    missing = kernels.missing_for(device)
+    if missing:
+        print(f"kernels for {device}: {missing}")
+        return 1
+    hidden = torch.randn(64, 2, 40, device=device, requires_grad=True)
+    kept = torch.stack([torch.arange(0, 64, 3), torch.arange(22)])
+    indices = kept.to(device, torch.int32)
+    tokens = gather_tokens(hidden, indices)
+    rows, samples = kept.T.to(device), torch.arange(2, device=device)
+    assert torch.equal(tokens, hidden[rows, samples]), "other rows than those asked for"
+    (gradient,) = torch.autograd.grad(tokens.sum(), hidden)
+    assert gradient.sum().item() == tokens.numel(), "the gradient is not of these rows"
+    print(f"compiled kernels moved {list(tokens.shape)} of {list(hidden.shape)}, there and back")
+    return 0
+
+
+def deepspeed_kernels() -> int:
+    """Build DeepSpeed's own kernels of random-LTD; return the exit status."""
+    import torch
+    from bench_moves import deepspeed
+
+    module, why = deepspeed(torch.device("cuda", 0), torch.bfloat16, 2048, 2048)
+    print(why or f"built: {module.__name__}")
+    return int(module is None)
 
 
 def losses(log: Path) -> list[float]:
@@ -48,27 +83,25 @@ def tests(log: Path) -> str | None:
 
 
 def summary(work: Path, out: Path, device: str) -> int:
-    """Write the steps as JSON and CSV; return 1 if one failed, else 0.
+    """Write the steps as JSON; return 1 if one failed or is still to do, else 0.
 
     Args:
-        work: Folder of "steps", a line for each, and of their logs.
-        out: Where the files go.
+        work: Folder of the steps' logs.
+        out: Where "gpu_check.tsv" has a line for each step, and where the JSON goes.
         device: "cuda" or "cpu".
     """
     import torch
     from bench_common import machine
 
-    lines = (work / "steps").read_text().splitlines()
+    lines = (out / "gpu_check.tsv").read_text().splitlines()
     steps: list[dict[str, Any]] = [
-        dict(zip(FIELDS, line.split("\t"), strict=True)) for line in lines
+        dict(zip(FIELDS, line.split("\t"), strict=True))
+        for line in lines
+        if not line.startswith("seed\t")
     ]
     for step in steps:
         log = work / f"{step['step']}.log"
         step["tests"] = tests(log) if log.exists() else None
-    with (out / "gpu_check.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*FIELDS, "tests"])
-        writer.writeheader()
-        writer.writerows(steps)
     results = {
         "machine": machine(torch.device(device)),
         "seed": int(os.environ["MEGATRON_RLTD_TEST_SEED"]),
@@ -76,7 +109,7 @@ def summary(work: Path, out: Path, device: str) -> int:
         "losses": {log.stem: losses(log) for log in sorted(work.glob("gpt_*.log"))},
     }
     (out / "gpu_check.json").write_text(json.dumps(results, indent=1) + "\n")
-    failed = [step["step"] for step in steps if step["result"] == "failed"]
+    failed = [step["step"] for step in steps if step["result"] in ("failed", "to do")]
     for step in steps:
         if step["tests"]:
             print(f"{step['step']}: {step['tests']}")
@@ -90,6 +123,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("one-op", help="move tokens by a compiled kernel")
+    one.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    commands.add_parser("deepspeed", help="build DeepSpeed's kernels")
     two = commands.add_parser("losses", help="compare the losses that two runs logged")
     two.add_argument("logs", type=Path, nargs=2)
     two.add_argument("--tolerance", type=float, required=True)
@@ -98,6 +134,10 @@ def main(argv: list[str] | None = None) -> int:
     all_.add_argument("out", type=Path)
     all_.add_argument("--device", choices=("cuda", "cpu"), required=True)
     options = parser.parse_args(argv)
+    if options.command == "one-op":
+        return one_op(options.device)
+    if options.command == "deepspeed":
+        return deepspeed_kernels()
     if options.command == "losses":
         return compare(options.logs, options.tolerance)
     return summary(options.work, options.out, options.device)
