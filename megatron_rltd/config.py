@@ -264,6 +264,12 @@ class Resolved:
                 found.append((kept, count))
         return found
 
+    def joined_in_words(self, num_micro_batches: int) -> str:
+        """Return the same as a sentence."""
+        levels = self.joined_micro_batches(num_micro_batches)
+        listed = ", ".join(f"{count} from {kept:,} kept tokens on" for kept, count in levels)
+        return f"micro-batches in one pass, of {num_micro_batches} in a step: {listed}"
+
 
 def interleaved_passes(config: Any) -> int | None:
     """Return the passes in a row through one model chunk of an interleaved pipeline, or None.

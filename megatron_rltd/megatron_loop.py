@@ -129,10 +129,7 @@ def _say_what_is_joined(resolved: Resolved) -> None:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import print_rank_0
 
-    count = get_num_microbatches()
-    levels = resolved.joined_micro_batches(count)
-    listed = ", ".join(f"{joined} from {kept} kept tokens on" for kept, joined in levels)
-    print_rank_0(f"random-LTD: micro-batches in one pass, of {count} in a step: {listed}")
+    print_rank_0(f"random-LTD: {resolved.joined_in_words(get_num_microbatches())}")
 
 
 def schedule_learning_rate(scheduler: Any) -> Any:

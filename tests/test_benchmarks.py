@@ -1,6 +1,7 @@
 """The benchmarks run and count right. How long anything takes is not tested."""
 
 import csv
+import dataclasses
 import json
 import math
 import subprocess
@@ -246,11 +247,28 @@ def test_saving_over_the_schedule():
     assert math.isclose(over["layer_tokens_saved"], 1 - consumed)
     assert math.isclose(over["saving_realised"], 0.6)
     assert math.isclose(over["time_saved"], 0.6 * over["operations_saved"])
-    assert bench_lengths.grown_micro_batch(4, tokens, 128, limit=8) == 4 * 4
-    assert bench_lengths.grown_micro_batch(4, tokens, 1024, limit=8) == 4
-    assert bench_training.keys_of(shape, [128, 144, 1024], tokens, 8) == [
-        *((2048, 8), (128, 8), (144, 8), (1024, 8), (128, 32), (144, 32)),
-    ]
+
+
+def test_steps_with_joined_micro_batches_train_the_same():
+    shape = dataclasses.replace(TINY, num_layers=12)
+    norms, sizes = [], []
+    for size in (shape.micro_batch_size, 4 * shape.micro_batch_size):
+        with bench_gpt.one_process(CPU):
+            options = ("auto", bench_attention.MEGATRON, bench_gpt.UNFUSED, 4)
+            trainer = bench_gpt.Trainer(shape, 4, CPU, *options)
+            embedding = trainer.model.module.embedding
+            embedding.register_forward_pre_hook(
+                lambda module, args, kwargs: sizes.append(kwargs["input_ids"].size(0)),
+                with_kwargs=True,
+            )
+            torch.manual_seed(3)
+            trainer.step(4, size, 8 * shape.micro_batch_size, lambda part: None)
+            keys = bench_training.keys_of(trainer, [4, 40], 8)
+            norms.append([p.detach().double().norm().item() for p in trainer.model.parameters()])
+    b = shape.micro_batch_size
+    assert keys == [(shape.seq_length, b), (4, b), (40, b), (4, 4 * b)]
+    assert sizes == [b] * 8 + [4 * b] * 2
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # after a step of Adam
 
 
 def event(name, parent=None, kernels=(), **others):
@@ -471,11 +489,6 @@ def test_bench_sweep(tmp_path):
             "bench_training.py",
             ["--quick", "--cross-entropy", "fused"],
             "--cross-entropy fused rounds its gradients to bfloat16: --dtype bfloat16",
-        ),
-        (
-            "bench_training.py",
-            ["--quick", "--grow-micro-batch", "4"],
-            "--grow-micro-batch 4 must divide --micro-batches 2",
         ),
         ("bench_sweep.py", ["--quick", "--sync-check"], "--sync-check needs a GPU"),
     ],

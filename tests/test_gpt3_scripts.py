@@ -49,8 +49,8 @@ OURS = (
 DENSE = "--lr {} --train-samples {}"
 LTD = (
     "--lr {} --random-ltd --random-ltd-min-tokens 128 --random-ltd-increment 16 "
-    "--random-ltd-strata 16 --random-ltd-preflight --random-ltd-ramp-iters {} "
-    "--train-layer-tokens {}000000000"
+    "--random-ltd-grow-micro-batch 2 --random-ltd-strata 16 --random-ltd-preflight "
+    "--random-ltd-ramp-iters {} --train-layer-tokens {}000000000"
 )
 LTD_300B = LTD.format("2e-4", 200000, 300)
 LAYER_TOKEN_LR = "--layer-token-lr"
@@ -80,7 +80,8 @@ GOLDEN = {
     "ltd_300b_plain_lr": (LTD_300B, (1, 1, 1), 372_757, 390.9, 2e-4),
     "ltd_300b_constant": (
         "--lr 2e-4 --random-ltd --random-ltd-constant --random-ltd-min-tokens 1536 "
-        "--random-ltd-increment 16 --random-ltd-strata 16 --random-ltd-preflight "
+        "--random-ltd-increment 16 --random-ltd-grow-micro-batch 2 --random-ltd-strata 16 "
+        "--random-ltd-preflight "
         f"--train-layer-tokens 300000000000 {LAYER_TOKEN_LR}",
         (1, 1, 1),
         371_160,
@@ -95,7 +96,13 @@ GOLDEN = {
         390.9,
         2e-4,
     ),
-    "ltd_300b_pp2": (f"{LTD_300B} {LAYER_TOKEN_LR}", (1, 2, 1), 372_757, 390.9, 2e-4),
+    "ltd_300b_pp2": (
+        f"{LTD_300B} {LAYER_TOKEN_LR}".replace("batch 2", "batch 16"),  # of one sample
+        (1, 2, 1),
+        372_757,
+        390.9,
+        2e-4,
+    ),
     "ltd_300b_cp2": (f"{LTD_300B} {LAYER_TOKEN_LR}", (1, 1, 2), 372_757, 390.9, 2e-4),
 }
 # These decide what is compared with what: a script has them as given above or not at all.

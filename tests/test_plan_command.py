@@ -66,6 +66,17 @@ def test_json_says_what_the_table_says():
         assert f"{point['learning_rate']:.4e}" in text
 
 
+def test_joined_micro_batches_are_named():
+    line = f"{BASE} {LTD} --random-ltd-layers 1-4 --micro-batch-size 1"
+    assert "in one pass" not in command(f"-- {line}")[1]
+    status, text = command(f"-- {line} --random-ltd-grow-micro-batch 8")
+    assert status == 0
+    said = "micro-batches in one pass, of 8 in a step: 4 from 16 kept tokens on, 2 from 24 kept"
+    assert said in text
+    status, output = command(f"--json -- {line} --random-ltd-grow-micro-batch 8")
+    assert json.loads(output)["micro_batches_per_pass_from_kept_tokens"][:2] == [[16, 4], [24, 2]]
+
+
 def test_hours_are_for_all_gpus():
     line = f"--gpus 4 --tflops 100 --json -- {BASE} {LTD} --tensor-model-parallel-size 2"
     status, output = command(line)

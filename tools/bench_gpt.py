@@ -17,7 +17,7 @@ import torch
 from bench_attention import TRANSFORMER_ENGINE, layer_spec
 from torch.profiler import record_function
 
-from megatron_rltd import cpu
+from megatron_rltd import cpu, join_micro_batches
 from megatron_rltd.config import RandomLTDConfig
 from megatron_rltd.random_ltd import RandomLTD
 
@@ -169,7 +169,14 @@ class Trainer:
         backend: Backend,
         attention: str,
         cross_entropy: str,
+        most_joined: int = 1,
     ):
+        """Build the model.
+
+        Args:
+            least: The shortest kept length that a step may have.
+            most_joined: Micro-batches that a pass may take, at most.
+        """
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         self.shape, self.device, self._least = shape, device, least
@@ -183,10 +190,20 @@ class Trainer:
         self._optimizer = get_megatron_optimizer(settings, [self.model])
         # One more token with each position of the schedule, so that a position chooses a length.
         ramp = max(1, shape.seq_length - least)
-        config = RandomLTDConfig(min_tokens=least, ramp_iters=ramp, increment=1, backend=backend)
+        config = RandomLTDConfig(
+            min_tokens=least,
+            ramp_iters=ramp,
+            increment=1,
+            backend=backend,
+            grow_micro_batch=most_joined,
+        )
         self._random_ltd = RandomLTD(config).attach(self.model)
         self.dropped = len(self._random_ltd.resolved.dropped_layers)
         self._consumed_samples = 0
+
+    def joined(self, kept: int, micro_batches: int) -> int:
+        """Return how many micro-batches of a step a pass takes with `kept` tokens."""
+        return self._random_ltd.resolved.micro_batches_per_pass(kept, micro_batches)
 
     def step(
         self,
@@ -200,32 +217,54 @@ class Trainer:
 
         Args:
             kept: k; s is a step in which nothing is dropped, Megatron's own.
-            micro_batch_size: b.
+            micro_batch_size: b. If it is more than the shape's, micro-batches of that size are
+                joined in passes, as many as the config has it.
             samples: Samples of the step, a multiple of b.
             mark: Called with the part that has just ended, one of `PARTS`.
             passes: Entered for the forward and backward passes, if any.
         """
         from megatron.core.distributed import finalize_model_grads
+        from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        size = min(micro_batch_size, self.shape.micro_batch_size)
+        forward_backward_func = get_forward_backward_func()
+        if size < micro_batch_size:
+            forward_backward_func = join_micro_batches(forward_backward_func, self._random_ltd)
         tokens = torch.randint(
             self.shape.vocab_size, (samples, self.shape.seq_length + 1), device=self.device
         )
-        positions = torch.arange(self.shape.seq_length, device=self.device)
-        positions = positions.expand(micro_batch_size, -1)
+        positions = torch.arange(self.shape.seq_length, device=self.device).expand(size, -1)
+        ended: list[str] = []  # what runs until the next forward pass
+
+        def forward_step(data_iterator: Iterator[torch.Tensor], model: Any) -> tuple:
+            while ended:
+                mark(ended.pop())
+            part = next(data_iterator)
+
+            def loss_func(losses: torch.Tensor) -> tuple:
+                ended[:] = ["backward"]
+                mark("forward")
+                return losses.mean(), {}
+
+            return model(part[:, :-1], positions, None, labels=part[:, 1:]), loss_func
+
         with record_function(OPTIMIZER):
             self.model.zero_grad_buffer()
             self._optimizer.zero_grad()
         self._random_ltd.begin_step(kept - self._least, self._consumed_samples)
         assert self._random_ltd.kept_tokens == kept
+        assert micro_batch_size in (size, size * self.joined(kept, samples // size))
         mark("optimizer")
         with passes or contextlib.nullcontext():
-            for index, part in enumerate(tokens.split(micro_batch_size)):
-                self._random_ltd.begin_micro_batch(index)
-                losses = self.model(part[:, :-1], positions, None, labels=part[:, 1:])
-                loss = losses.mean() * (micro_batch_size / samples)
-                mark("forward")
-                loss.backward()
-                mark("backward")
+            forward_backward_func(
+                forward_step_func=forward_step,
+                data_iterator=iter(tokens.split(size)),
+                model=self.model,
+                num_microbatches=samples // size,
+                seq_length=self.shape.seq_length,
+                micro_batch_size=size,
+            )
+        mark("backward")
         self._random_ltd.end_step()
         with record_function(OPTIMIZER):
             finalize_model_grads([self.model])

@@ -33,19 +33,6 @@ def default_lengths(schedule: Schedule) -> list[int]:
     return sorted(kept for kept in lengths if schedule.min_tokens <= kept < s)
 
 
-def grown_micro_batch(size: int, tokens: LayerTokens, kept: int, limit: int) -> int:
-    """Return the largest micro-batch that has no more LayerTokens than a dense one.
-
-    Args:
-        size: Of a dense one.
-        limit: It is at most so many times the dense one, and a power of two times it.
-    """
-    factor = 1
-    while 2 * factor <= limit and 2 * factor * tokens.per_sample(kept) <= tokens.dense:
-        factor *= 2
-    return factor * size
-
-
 def shares(schedule: Schedule, steps: int) -> dict[int, float]:
     """Return the share of the steps that each kept length has."""
     return {kept: n / steps for kept, n in schedule.kept_lengths(steps)}

@@ -59,5 +59,6 @@ def trainer_of(
     options: argparse.Namespace, shape: Shape, least: int, device: torch.device
 ) -> Trainer:
     """Return a trainer as the options, with their defaults, say."""
-    chosen = options.backend, options.attention, options.cross_entropy
+    most_joined = getattr(options, "grow_micro_batch", 1)
+    chosen = options.backend, options.attention, options.cross_entropy, most_joined
     return Trainer(shape, least, device, *chosen)

@@ -31,8 +31,8 @@ import bench_profile
 import torch
 from bench_attention import DESCRIBED, is_causal_only
 from bench_common import BenchmarkError, Row, add_options, chosen_device, machine, run, table
-from bench_gpt import PARTS, Shape, has_fused_gradients, one_process, operations
-from bench_lengths import default_lengths, grown_micro_batch, over_schedule, paper_schedule
+from bench_gpt import PARTS, Shape, Trainer, has_fused_gradients, one_process, operations
+from bench_lengths import default_lengths, over_schedule, paper_schedule
 from bench_model_options import add_model_options, chosen_shape, trainer_of
 from bench_plots import draw_training
 from bench_timing import CPU_TIME, KEPT_MEMORY, interleaved, keep_freed_memory, ratio, spread
@@ -113,11 +113,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     lengths = sorted(set(options.kept or default_lengths(schedule)))
     if not lengths or lengths[0] < 1 or lengths[-1] >= shape.seq_length:
         raise BenchmarkError(f"--kept must be between 1 and s - 1 = {shape.seq_length - 1}")
-    if options.micro_batches % options.grow_micro_batch:
-        raise BenchmarkError(
-            f"--grow-micro-batch {options.grow_micro_batch} must divide --micro-batches "
-            f"{options.micro_batches}"
-        )
     rounds = options.rounds or (2 if options.quick else 7)
     samples = shape.micro_batch_size * options.micro_batches
     notes = [KEPT_MEMORY] if device.type == "cpu" and keep_freed_memory() else []
@@ -128,7 +123,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         is_causal = is_causal_only(options.attention)
         cost = functools.partial(operations, shape, dropped=trainer.dropped, is_causal=is_causal)
         now = time.process_time if options.cpu_time else time.perf_counter
-        keys = keys_of(shape, lengths, tokens, options.grow_micro_batch)
+        keys = keys_of(trainer, lengths, options.micro_batches)
         steps = {key: functools.partial(trainer.timed_step, *key, samples, now) for key in keys}
         peaks = {}
         if device.type == "cuda":
@@ -171,18 +166,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def keys_of(
-    shape: Shape, lengths: list[int], tokens: LayerTokens, limit: int
-) -> list[tuple[int, int]]:
+def keys_of(trainer: Trainer, lengths: list[int], micro_batches: int) -> list[tuple[int, int]]:
     """Return the (kept length, micro-batch) to measure, dense first, grown micro-batches last.
 
     Args:
-        limit: A micro-batch grows to so many times a dense one's.
+        micro_batches: Of a step.
     """
-    size = shape.micro_batch_size
-    grown = {kept: grown_micro_batch(size, tokens, kept, limit) for kept in lengths}
-    keys = [(kept, size) for kept in (shape.seq_length, *lengths)]
-    return keys + [(kept, larger) for kept, larger in grown.items() if larger > size]
+    shape = trainer.shape
+    keys = [(kept, shape.micro_batch_size) for kept in (shape.seq_length, *lengths)]
+    joined = {kept: trainer.joined(kept, micro_batches) for kept in lengths}
+    return keys + [(kept, n * shape.micro_batch_size) for kept, n in joined.items() if n > 1]
 
 
 def peak(step: Callable[[], Any]) -> float:
@@ -216,8 +209,8 @@ def main(argv: list[str] | None = None) -> int:
         type=int,
         default=1,
         metavar="TIMES",
-        help="also measure short kept lengths in fewer, up to so many times larger micro-batches, "
-        "of at most a dense one's LayerTokens",
+        help="also measure short kept lengths in passes of several micro-batches, up to so many, "
+        "as --random-ltd-grow-micro-batch does",
     )
     parser.add_argument(
         "--profile", action="store_true", help="what a step's time goes into: dense, short, k = s/2"

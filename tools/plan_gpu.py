@@ -44,7 +44,6 @@ def training_of(plan: Plan) -> Training:
     if unknown:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
         raise PlanError(f"--gpu estimates whole, dense layers in bfloat16, not with {flags}")
-    per_pass = args.micro_batch_size * args.data_parallel_size
     is_grouped = args.group_query_attention
     return Training(
         seq_length=args.seq_length,
@@ -57,7 +56,7 @@ def training_of(plan: Plan) -> Training:
         mlp_size=args.ffn_hidden_size,
         vocab_size=args.padded_vocab_size,
         micro_batch_size=args.micro_batch_size,
-        micro_batches=plan.run.segments[-1].batch_size // per_pass,
+        micro_batches=plan.micro_batches,
         is_gated=args.swiglu,
         optimizer_shards=args.data_parallel_size if args.use_distributed_optimizer else 1,
         cross_entropy=args.cross_entropy_fusion_impl

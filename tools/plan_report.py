@@ -111,6 +111,11 @@ def as_numbers(plan: Plan, tflops: float | None) -> dict[str, Any]:
             "nothing_dropped_from": at(run.full_length_from),
             "from_iteration": [[s.start.iteration, s.kept] for s in run.segments],
         },
+        "micro_batches_per_pass_from_kept_tokens": plan.resolved.joined_micro_batches(
+            plan.micro_batches
+        )
+        if plan.resolved
+        else [],
         "batch_size_from_iteration": [[p.iteration, size] for p, size in run.batch_sizes],
         "learning_rate": {
             "maximum": scheduler.max_lr,
@@ -161,7 +166,7 @@ def as_text(plan: Plan, tflops: float | None) -> str:
         "",
         *_comparison(plan, tflops),
         "",
-        *([_kept(run), ""] if plan.resolved else []),
+        *([_kept(run), *_joined(plan), ""] if plan.resolved else []),
         f"learning rate: {scheduler.lr_decay_style}, {scheduler.max_lr:.4e} at most, "
         f"{scheduler.min_lr:.4e} at least{' (not reached)' * (run.minimum_from is None)}, "
         f"advances by {unit}",
@@ -229,6 +234,12 @@ def _kept(run: Run) -> str:
         return f"{text}, {run.segments[-1].kept:,} at the end"
     share = full.iteration / run.end.iteration
     return f"{text}; nothing is dropped after iteration {full.iteration:,}, {share:.1%} of the run"
+
+
+def _joined(plan: Plan) -> list[str]:
+    if plan.resolved is None or plan.resolved.config.grow_micro_batch == 1:
+        return []
+    return [plan.resolved.joined_in_words(plan.micro_batches)]
 
 
 def _aligned(table: list[list[str]]) -> list[str]:

@@ -49,6 +49,12 @@ class Plan:
     dense: Run | None
     notes: list[str]
 
+    @property
+    def micro_batches(self) -> int:
+        """The micro-batches of the run's last step."""
+        per_pass = self.args.micro_batch_size * self.args.data_parallel_size
+        return self.run.segments[-1].batch_size // per_pass
+
 
 def make_plan(flags: list[str], gpus: int | None = None, dense_tokens: int | None = None) -> Plan:
     """Return the plan of a run with these flags.

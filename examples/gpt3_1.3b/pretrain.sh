@@ -36,6 +36,8 @@
 #   MICRO_BATCH_SIZE   samples at once on a GPU (8, for GPUs of 80 GB; README.md has the sum).
 #                      random-LTD's peak memory is that of a dense run; --random-ltd-preflight makes
 #                      a run that will not fit fail in its first minute
+#   GROW_MICRO_BATCH   micro-batches that one pass may take where few tokens are kept (as many as make
+#                      16 samples, for their logits need memory; 1: each its own)
 #   SAVE_INTERVAL      iterations between checkpoints (1000)
 #   RETAIN_INTERVAL    and between those that stay when there are newer ones (ten times that)
 #   PRECISION          bf16, fp16 or fp32
@@ -79,7 +81,7 @@ for name in SP LAYER_TOKEN_LR LOSS_FUSION GRADIENT_FUSION; do
 done
 # Before anything is calculated with them.
 for name in TOKENS RAMP_ITERS MIN_TOKENS TP PP CP GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE \
-  SAVE_INTERVAL RETAIN_INTERVAL PROCESSES EXIT_MINUTES; do
+  GROW_MICRO_BATCH SAVE_INTERVAL RETAIN_INTERVAL PROCESSES EXIT_MINUTES; do
   value=${!name:-1}
   [[ $value =~ ^[1-9][0-9]*$ ]] || give_up "$name=$value is not a whole number above 0"
 done
@@ -113,6 +115,7 @@ case $SCALE in
     ;;
   *) give_up "SCALE=$SCALE is not full or smoke" ;;
 esac
+GROW_MICRO_BATCH=${GROW_MICRO_BATCH:-$((MICRO_BATCH_SIZE < 16 ? 16 / MICRO_BATCH_SIZE : 1))}
 ((heads % TP == 0)) || problem "TP=$TP does not divide the $heads attention heads: change TP"
 ((layers % PP == 0)) || problem "PP=$PP does not divide the $layers layers: change PP"
 RUN_DIR=$(realpath -m "$RUN_DIR") # the same from wherever it is continued
@@ -143,7 +146,7 @@ fi
 
 RANDOM_LTD_ARGS=(
   --random-ltd --random-ltd-min-tokens "$MIN_TOKENS" --random-ltd-increment 16
-  # HERE: growth of the micro-batch while few tokens are kept.
+  --random-ltd-grow-micro-batch "$GROW_MICRO_BATCH"
   --random-ltd-strata "$STRATA" --random-ltd-preflight --train-layer-tokens "$TOKENS"
 )
 [ "$LAYER_TOKEN_LR" = 0 ] || RANDOM_LTD_ARGS+=(--layer-token-lr)
