@@ -1,4 +1,4 @@
-// The ops of megatron_rltd/ops.py for the CPU and, with MEGATRON_RLTD_CUDA, for GPUs: every check of
+// The ops of megatron_rltd/tokens/ops.py for the CPU and, with MEGATRON_RLTD_CUDA, for GPUs: every check of
 // their arguments, then the move. Schemas, fake implementations and autograd are defined there.
 //
 // On torch's stable ABI: one binary for many versions of torch and Python.
@@ -357,7 +357,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_rltd, CUDA, library) {
   if (megatron_rltd::current_stream() != nullptr) megatron_rltd::implement(library);
 }
 
-// For megatron_rltd/kernels.py: why there are none for GPUs, or null. Not there in a build for CPUs.
+// For megatron_rltd/tokens/kernels.py: why there are none for GPUs, or null. Not there in a build for CPUs.
 extern "C" __attribute__((visibility("default"))) const char* megatron_rltd_without_cuda() {
   return megatron_rltd::current_stream() == nullptr ? megatron_rltd::kNoStreams : nullptr;
 }

@@ -1,4 +1,4 @@
-// Moving rows of hidden states: which row goes where. The definition is megatron_rltd/reference.py.
+// Moving rows of hidden states: which row goes where. The definition is megatron_rltd/tokens/reference.py.
 //
 // Shapes: s sequence length on this rank, b micro batch, h hidden size, k kept tokens; m kept tokens
 // of the next layer. Hidden states are [s, b, h]; indices [b, k] int32, distinct and ascending in

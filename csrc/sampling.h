@@ -1,4 +1,4 @@
-// Which tokens a layer keeps. The definition is megatron_rltd/sampling.py, which this equals bit for
+// Which tokens a layer keeps. The definition is megatron_rltd/tokens/sampling.py, which this equals bit for
 // bit.
 //
 // Shapes: l layers, b samples, s sequence length, k kept tokens, S strata.

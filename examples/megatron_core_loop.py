@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from megatron_rltd import LayerTokenScheduler, RandomLTD, RandomLTDConfig, cpu
+from megatron_rltd import LayerTokenScheduler, RandomLTD, RandomLTDConfig
+from megatron_rltd.cpu import adapter
 
-if cpu.is_needed():
-    cpu.enable()  # before Megatron is imported
+if adapter.is_needed():
+    adapter.enable()  # before Megatron is imported
 
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import (
@@ -56,7 +57,7 @@ def build(args: argparse.Namespace) -> DistributedDataParallel:
         pipeline_dtype=torch.float32,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        use_cpu_initialization=cpu.is_needed(),
+        use_cpu_initialization=adapter.is_needed(),
     )
     model = GPTModel(
         config,
@@ -182,7 +183,7 @@ def main() -> None:
     for name, value in (variables | {"MASTER_PORT": "29513"}).items():
         os.environ.setdefault(name, value)
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("gloo" if cpu.is_needed() else "nccl")
+    torch.distributed.init_process_group("gloo" if adapter.is_needed() else "nccl")
     parallel_state.initialize_model_parallel(args.tensor_parallel, args.pipeline_parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     torch.manual_seed(1234)

@@ -128,6 +128,6 @@ train() {
 train dense
 train random-LTD "${RANDOM_LTD_ARGS[@]}"
 echo
-"$PYTHON" "$root/tools/compare_runs.py" \
+"$PYTHON" "$root/tools/compare" \
   "dense=$folder/dense-$steps/tensorboard" "random-LTD=$folder/random-LTD-$steps/tensorboard" \
   --plot "$folder/quickstart.png"

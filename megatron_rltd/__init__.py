@@ -10,17 +10,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "RandomLTD": "random_ltd",
+    "RandomLTD": "model.random_ltd",
     "RandomLTDConfig": "config",
     "ConfigError": "config",
-    "LayerTokenScheduler": "learning_rate",
+    "LayerTokenScheduler": "training.learning_rate",
     "LayerTokens": "schedule",
     "Schedule": "schedule",
     "add_arguments": "config",
-    "gather_tokens": "ops",
-    "join_micro_batches": "micro_batches",
-    "scatter_tokens": "ops",
-    "kept_indices": "sampling",
+    "gather_tokens": "tokens.ops",
+    "join_micro_batches": "model.micro_batches",
+    "scatter_tokens": "tokens.ops",
+    "kept_indices": "tokens.sampling",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

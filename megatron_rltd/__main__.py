@@ -17,10 +17,11 @@ import sys
 import warnings
 from pathlib import Path
 
-from megatron_rltd import __version__, versions
+from megatron_rltd import __version__
 from megatron_rltd.config import ConfigError, add_arguments
+from megatron_rltd.patching import versions
+from megatron_rltd.patching.versions import VersionError
 from megatron_rltd.refusals import refuse_command_line
-from megatron_rltd.versions import VersionError
 
 OURS = ("-h", "--help", "--random-ltd", "--layer-token-lr", "--train-layer-tokens")
 BUNDLED = {"pretrain_gpt": Path(__file__).parent / "pretrain_gpt.py"}
@@ -29,7 +30,7 @@ BUNDLED = {"pretrain_gpt": Path(__file__).parent / "pretrain_gpt.py"}
 def main(argv: list[str]) -> int:
     """Run the script or the check; return the exit status."""
     if argv and argv[0] == "--check":
-        from megatron_rltd.check import main as check
+        from megatron_rltd.commands.check import main as check
 
         return check()
     if not argv or argv[0] in ("-h", "--help"):
@@ -76,17 +77,17 @@ def prepare(script: Path, args: list[str]) -> None:
     _single_process_rendezvous()
 
     versions.require_installed()
-    from megatron_rltd import cpu
+    from megatron_rltd.cpu import adapter
 
-    on_cpu = cpu.is_needed()
+    on_cpu = adapter.is_needed()
     if on_cpu:
-        problem = cpu.why_no_training()
+        problem = adapter.why_no_training()
         if problem:
             raise ConfigError([problem])
-        cpu.enable()
+        adapter.enable()
         if is_first:
             print("megatron_rltd: no CUDA device here, running on the CPU (gloo)", flush=True)
-    from megatron_rltd import patches
+    from megatron_rltd.training import patches
 
     patches.use_compiled_helper(even_in_clone=on_cpu)
     if any(a.startswith(OURS) for a in args):

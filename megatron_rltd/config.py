@@ -14,7 +14,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 from megatron_rltd.schedule import LayerTokens, Schedule
-from megatron_rltd.shards import fewest_strata
+from megatron_rltd.tokens.shards import fewest_strata
 
 
 class ConfigError(ValueError):

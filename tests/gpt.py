@@ -14,9 +14,9 @@ VOCAB, SEQ, BATCH = 31, 16, 3
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
     """Megatron's parallel state for a single CPU process."""
-    from megatron_rltd import cpu
+    from megatron_rltd.cpu import adapter
 
-    with cpu.enabled(), tempfile.TemporaryDirectory() as folder:
+    with adapter.enabled(), tempfile.TemporaryDirectory() as folder:
         from megatron.core import parallel_state, tensor_parallel
 
         torch.distributed.init_process_group(

@@ -1,11 +1,9 @@
 """Run functions in real `torch.distributed` processes, and Megatron's training loop, for tests."""
 
 import os
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
 
 from local_ranks import (  # noqa: E402
     RankError,

@@ -15,8 +15,8 @@ import sys
 import tempfile
 from typing import Any
 
-from corpus import InputError
-from tokenization import BPE_EOD, quiet_imports, store_hugging_face
+from text_data.corpus import InputError
+from text_data.tokenization import BPE_EOD, quiet_imports, store_hugging_face
 
 
 def byte_level_bpe(vocab_file: str, merge_file: str) -> Any:

@@ -18,9 +18,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
-import token_files
-from corpus import InputError
-from tokenization import quiet_imports
+from text_data import token_files
+from text_data.corpus import InputError
+from text_data.tokenization import quiet_imports
 
 
 @dataclass

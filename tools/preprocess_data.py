@@ -38,12 +38,11 @@ import tempfile
 import time
 from typing import Any
 
-import token_files
-import tokenization
-from corpus import InputError, batches, find_files, is_jsonl, read_records
-from token_files import Counts
-from tokenization import BPE, BYTE, BYTE_VOCAB_SIZE, HUGGING_FACE, Tokenizer
-from workers import WorkerKilled, WorkerPool
+from text_data import token_files, tokenization
+from text_data.corpus import InputError, batches, find_files, is_jsonl, read_records
+from text_data.token_files import Counts
+from text_data.tokenization import BPE, BYTE, BYTE_VOCAB_SIZE, HUGGING_FACE, Tokenizer
+from text_data.workers import WorkerKilled, WorkerPool
 
 
 class Parser(argparse.ArgumentParser):

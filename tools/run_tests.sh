@@ -2,7 +2,7 @@
 # Check the code's style and types and run the tests; makes the environment on first use.
 #
 #   bash tools/run_tests.sh                        everything
-#   bash tools/run_tests.sh tests/test_ops.py      or whatever else pytest takes
+#   bash tools/run_tests.sh tests/unit/test_ops.py      or whatever else pytest takes
 set -euo pipefail
 # shellcheck disable=SC2034  # of environment.sh
 extras=(lm_eval mkdocs-material mkdocstrings-python)

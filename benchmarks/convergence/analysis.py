@@ -3,7 +3,7 @@
     python benchmarks/convergence/analysis.py benchmarks/convergence/results/runs.csv
 
 prints the tables of a runs.csv again. The numbers of a run come from its TensorBoard folder, by the
-functions of tools/run_logs.py.
+functions of megatron_rltd/commands/compare/run_logs.py.
 
 A difference between two arms is taken seed by seed, where both read the same samples in the same
 order, and then averaged. Its interval is Student's, at 95%, over the seeds.
@@ -17,10 +17,19 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, installed or not
 
 from arms import ARMS, QUESTIONS
-from run_logs import LAYER_TOKENS, SAMPLES, Points, Run, read_run, total_flops, validation
+
+from megatron_rltd.commands.compare.run_logs import (
+    LAYER_TOKENS,
+    SAMPLES,
+    Points,
+    Run,
+    read_run,
+    total_flops,
+    validation,
+)
 
 Row = dict[str, Any]
 

@@ -21,15 +21,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, installed or not
 
 import analysis
 import picture
 import text
 import training
 from arms import ARMS, BATCH_SIZE, FEWEST_STEPS, SEQ_LENGTH, flags, planned
-from run_logs import LogError
 from training import StudyError, say
+
+from megatron_rltd.commands.compare.run_logs import LogError
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 500

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from corpus import find_files
+from text_data.corpus import find_files
 
 ROOT = Path(__file__).resolve().parents[2]
 EXCLUDE = ["site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"]

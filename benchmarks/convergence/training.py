@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, installed or not
 
 import analysis
 from arms import BATCH_SIZE, NUM_LAYERS, SEQ_LENGTH, Arm, flags, planned

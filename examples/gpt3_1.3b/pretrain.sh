@@ -21,7 +21,7 @@
 #   PYTHON             has Megatron installed (default: what tools/environment.sh finds or sets up)
 #   PRETRAIN_GPT       Megatron-LM's pretrain_gpt.py (default: this package's pretrain_gpt)
 #   EXTRA_ARGS         more flags, split at spaces; they win: EXTRA_ARGS="--fp8-format hybrid"
-#   START_FROM         a checkpoint whose weights the first start takes, of tools/import_hf.py say
+#   START_FROM         a checkpoint whose weights the first start takes, of tools/checkpoint/import_hf.py say
 #   CONTAINER          image for pyxis: CONTAINER=/images/pytorch.sqsh sbatch SCRIPT
 #   CONTAINER_MOUNTS   what it sees, as in "/data:/data,/home:/home" (the working folder, the
 #                      repository, RUN_DIR and the folders of DATA_PATH and TOKENIZER)

@@ -145,7 +145,7 @@ check_ops() {
     return
   fi
   if [ "$device" = cuda ]; then filter="not cpu"; else filter="cpu and kernels and strides"; fi
-  step op_tests 180 "${pytest[@]}" tests/test_gpu.py -k "$filter" || true
+  step op_tests 180 "${pytest[@]}" tests/gpu/test_gpu.py -k "$filter" || true
   sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   if [ "$device" = cpu ]; then
     why="no GPU"
@@ -165,7 +165,7 @@ check_ops() {
     if [ "$tool" = racecheck ]; then which+=" and sample"; fi # the one with shared memory
     # Without torch's cache, whose blocks are larger than what is asked for.
     step "$tool" 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
-      --kernel-name kns=megatron_rltd --error-exitcode 9 "${pytest[@]}" tests/test_gpu.py \
+      --kernel-name kns=megatron_rltd --error-exitcode 9 "${pytest[@]}" tests/gpu/test_gpu.py \
       -k "$which" || true
   done
 }
@@ -182,7 +182,7 @@ measure_ops() {
     headers_for_deepspeed
     step deepspeed_kernels 170 "$PYTHON" -W ignore tools/dev/gpu_report.py deepspeed || true
   fi
-  step bench_ops 290 "$PYTHON" -W ignore tools/bench_ops.py "${size[@]}" --device "$device" \
+  step bench_ops 290 "$PYTHON" -W ignore benchmarks/bench_ops.py "${size[@]}" --device "$device" \
     --output "$out" || true
 }
 
@@ -215,13 +215,13 @@ measure_training() {
     fi
     second+=(--kept 128 144 528 1040 1168 1680 1840)
   fi
-  local bench=("$PYTHON" -W ignore tools/bench_training.py --rounds 4 "${first[@]}")
+  local bench=("$PYTHON" -W ignore benchmarks/bench_training.py --rounds 4 "${first[@]}")
   step training_first 300 "${bench[@]}" --profile --output "$out/first" || true
   step training_second 170 "${bench[@]}" --rounds 3 "${second[@]}" --output "$out/second" || true
 }
 
 check_training() {
-  local why sweep=("$PYTHON" -W ignore tools/bench_sweep.py)
+  local why sweep=("$PYTHON" -W ignore benchmarks/bench_sweep.py)
   trainings
   if why=$(lacks megatron.core); then
     skip sweep_expandable "$why"

@@ -25,7 +25,8 @@ def one_op(device: str) -> int:
     """Move tokens by a compiled kernel, there and back; return the exit status."""
     import torch
 
-    from megatron_rltd import gather_tokens, kernels
+    from megatron_rltd import gather_tokens
+    from megatron_rltd.tokens import kernels
 
     missing = kernels.missing_for(device)
     if missing:
@@ -46,7 +47,7 @@ def one_op(device: str) -> int:
 def deepspeed_kernels() -> int:
     """Build DeepSpeed's own kernels of random-LTD; return the exit status."""
     import torch
-    from bench_moves import deepspeed
+    from lib.moves import deepspeed
 
     module, why = deepspeed(torch.device("cuda", 0), torch.bfloat16, 2048, 2048)
     print(why or f"built: {module.__name__}")
@@ -91,7 +92,7 @@ def summary(work: Path, out: Path, device: str) -> int:
         device: "cuda" or "cpu".
     """
     import torch
-    from bench_common import machine
+    from lib.common import machine
 
     lines = (out / "gpu_check.tsv").read_text().splitlines()
     steps: list[dict[str, Any]] = [

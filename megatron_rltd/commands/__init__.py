@@ -1,0 +1,1 @@
+"""What follows ``python -m megatron_rltd``; each command with its library beside it."""

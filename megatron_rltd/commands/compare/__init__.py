@@ -1,0 +1,1 @@
+"""``compare``: what finished runs say of each other."""

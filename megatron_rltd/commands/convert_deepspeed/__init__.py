@@ -1,0 +1,1 @@
+"""``convert-deepspeed``: a DeepSpeed configuration as our flags."""

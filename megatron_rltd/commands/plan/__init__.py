@@ -1,0 +1,1 @@
+"""``plan``: what a training will cost and save, before any GPU is rented."""

@@ -1,0 +1,218 @@
+"""What a training run will be, from its flags: length, LayerTokens, FLOPs and learning rate.
+
+    plan = make_plan(["--num-layers", "24", ..., "--random-ltd", ...], gpus=64)
+    plan.run.end.iteration, plan.run.flops, plan.run.learning_rate(plan.run.at(1000))
+
+The flags go the way that training takes with them: Megatron's parser and validation with this
+package's patches, then Megatron's own scheduler and its own count of floating-point operations. No
+process group is started, and no model, data set or tokenizer built. Megatron keeps global state, so
+that a process makes one plan.
+"""
+
+import collections
+import copy
+import functools
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rltd.commands.plan import megatron_arguments
+from megatron_rltd.commands.plan.megatron_arguments import PlanError, refusals
+from megatron_rltd.commands.plan.planned_run import Run, segments
+from megatron_rltd.config import Resolved
+from megatron_rltd.patching import versions
+from megatron_rltd.schedule import LayerTokens, Schedule
+from megatron_rltd.training import budget
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run and the dense runs to compare it with.
+
+    Attributes:
+        args: Megatron's validated arguments.
+        resolved: How the run drops tokens; None for a dense one.
+        run: The run that the flags are of.
+        same_samples: A dense run on as many samples (iso-data); None if the run is dense.
+        same_layer_tokens: A dense run on as many LayerTokens (iso-compute); None if the run is.
+        dense: A dense run of the raw tokens asked for; None if none were.
+        notes: What was taken for granted, a sentence each.
+    """
+
+    args: Any
+    resolved: Resolved | None
+    run: Run
+    same_samples: Run | None
+    same_layer_tokens: Run | None
+    dense: Run | None
+    notes: list[str]
+
+    @property
+    def micro_batches(self) -> int:
+        """The micro-batches of the run's last step."""
+        per_pass = self.args.micro_batch_size * self.args.data_parallel_size
+        return self.run.segments[-1].batch_size // per_pass
+
+
+def make_plan(flags: list[str], gpus: int | None = None, dense_tokens: int | None = None) -> Plan:
+    """Return the plan of a run with these flags.
+
+    Args:
+        flags: All that come after the script on the command line of training.
+        gpus: The world size. Default: what one replica of the model takes.
+        dense_tokens: Raw tokens of a dense run to compare with.
+
+    Raises:
+        PlanError: This package or Megatron refuses the flags, or they do not say enough.
+    """
+    with refusals():
+        megatron_arguments.prepare(flags)
+        from megatron.training import training
+
+        from megatron_rltd.training import state
+
+        training.update_train_iters = functools.partial(
+            _update_train_iters, training.update_train_iters
+        )
+        args = megatron_arguments.parse(flags, gpus)
+        decay = {name: getattr(args, name) for name in ("lr_decay_iters", "lr_decay_samples")}
+        megatron_arguments.validate(args)
+        notes = megatron_arguments.set_vocabulary(args)
+        random_ltd = state.active()
+        resolved = random_ltd.resolved if random_ltd else None
+        scheduler = _make_scheduler(args)
+        args.iteration = 0  # as where Megatron finds no checkpoint
+        state.continue_run()
+    run = _run(args, resolved, lambda: scheduler)
+    with refusals():
+        _check_batch_sizes(run)
+    if getattr(args, "sft", None) or getattr(args, "dataloader_inter_document_masking", None):
+        notes.append("packed documents are counted as whole sequences: FLOPs are an upper bound")
+
+    def dense(samples: int) -> Run:
+        return _dense_run(args, decay, _iterations(args, samples))
+
+    tokens = run.end.layer_tokens
+    return Plan(
+        args=args,
+        resolved=resolved,
+        run=run,
+        same_samples=_dense_run(args, decay, args.train_iters) if resolved else None,
+        same_layer_tokens=dense(-(-tokens // resolved.layer_tokens.dense)) if resolved else None,
+        dense=None if dense_tokens is None else dense(-(-dense_tokens // args.seq_length)),
+        notes=notes,
+    )
+
+
+def _update_train_iters(original: Callable, args: Any) -> None:
+    """Set the iterations that ``--train-samples`` take.
+
+    Args:
+        original: Megatron's, which goes through a schedule of batch sizes step by step.
+    """
+    if args.train_iters or not getattr(args, "step_batch_size_schedule", None):
+        original(args)
+        return
+    end = _dense_layer_tokens(args).until(
+        lambda progress: progress.samples >= args.train_samples, budget.batch_size(args)
+    )
+    args.train_iters = end.iteration
+
+
+def _dense_layer_tokens(args: Any) -> LayerTokens:
+    return LayerTokens(Schedule(args.seq_length, args.seq_length, None), args.num_layers, 0)
+
+
+def _make_scheduler(args: Any) -> Any:
+    """Return Megatron's scheduler for a run, on an optimizer of one group of parameters.
+
+    Sets the iterations of a run that is given in samples.
+    """
+    from megatron.training import global_vars, training
+
+    global_vars.set_args(args)
+    if args.train_samples:
+        args.train_iters = None
+    return training.get_optimizer_param_scheduler(types.SimpleNamespace(param_groups=[{}]))
+
+
+def _iterations(args: Any, samples: int) -> int:
+    """Return the iterations that Megatron makes of ``--train-samples``, at least 1."""
+    from megatron.training import training
+
+    other = copy.copy(args)
+    other.train_iters, other.train_samples = None, samples
+    with refusals():
+        training.update_train_iters(other)
+    return max(1, other.train_iters)
+
+
+def _run(args: Any, resolved: Resolved | None, make_scheduler: Callable[[], Any]) -> Run:
+    """Return a run of ``args.train_iters`` iterations."""
+    if not args.train_iters:
+        raise PlanError("the run is shorter than one global batch")
+    counted = resolved.layer_tokens if resolved else _dense_layer_tokens(args)
+    found = segments(counted, budget.batch_size(args), args.train_iters)
+    samples: collections.Counter[int] = collections.Counter()
+    for segment in found:
+        samples[segment.kept] += segment.steps * segment.batch_size
+    causal = _flops(args, resolved, samples)
+    full = None
+    if versions.release() >= (0, 18):
+        # Megatron halves the squares of the sequence lengths.
+        full = _flops(args, resolved, samples, 2 * args.seq_length**2)
+    return Run(args.seq_length, args.num_layers, found, causal, full, make_scheduler)
+
+
+def _flops(
+    args: Any, resolved: Resolved | None, samples: dict[int, int], square: int | None = None
+) -> float:
+    """Return Megatron's count for a run.
+
+    Args:
+        samples: By the kept length that they are trained with.
+        square: The square of a sample's length that attention computes, if not Megatron's.
+    """
+    from megatron.training import training
+
+    from megatron_rltd.training import metrics
+
+    original = training.num_floating_point_operations.__wrapped__
+    counts = []
+    for kept, n in samples.items():
+        squares = {} if square is None else {"seqlen_squared_sum_in_batch": n * square}
+        if resolved:
+            count = metrics.floating_point_operations(original, resolved, kept, args, n, **squares)
+        else:
+            count = original(args, n, **squares)
+        counts.append(count)
+    return math.fsum(counts)
+
+
+def _dense_run(args: Any, decay: dict[str, int | None], iterations: int) -> Run:
+    """Return a dense run of that many iterations, its learning rate by the same flags.
+
+    Args:
+        args: Of a run with random-LTD.
+        decay: What was given of the length of the learning rate's decay.
+    """
+
+    def make_scheduler() -> Any:
+        with refusals():
+            return _make_scheduler(other)
+
+    other = copy.copy(args)
+    vars(other).update(decay, layer_token_lr=False, train_layer_tokens=None, train_iters=iterations)
+    run = _run(other, None, make_scheduler)
+    if args.train_samples and iterations != args.train_iters:
+        other.train_samples = run.end.samples
+    return run
+
+
+def _check_batch_sizes(run: Run) -> None:
+    from megatron.core.num_microbatches_calculator import update_num_microbatches
+
+    for start, _ in run.batch_sizes:
+        update_num_microbatches(start.samples, consistency_check=True)

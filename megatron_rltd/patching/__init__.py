@@ -1,0 +1,1 @@
+"""Replacing attributes of modules, and the Megatron versions that this was tested with."""

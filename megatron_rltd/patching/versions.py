@@ -1,0 +1,145 @@
+"""The Megatron versions that random-LTD was tested with, and what it relies on in them.
+
+`fingerprints.json` holds, for every Megatron function that random-LTD wraps or whose behaviour it
+relies on, the fingerprint of its source in each tested version. A function that is missing or has
+another source stops the run before anything is patched: its behaviour is unknown.
+``tools/dev/fingerprints.py`` writes the file.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from megatron_rltd.patching import mechanism
+from megatron_rltd.patching.mechanism import Patch
+
+OLDEST, NEWER_THAN_TESTED = (0, 17), (0, 20)
+ALLOW_UNTESTED = "MEGATRON_RLTD_ALLOW_UNTESTED"
+
+
+def _relied_on(target: str, since: tuple[int, ...] = (), before: tuple[int, ...] = ()) -> Patch:
+    # A row that changes nothing. Copies elsewhere are fine: these functions stay as they are.
+    return Patch(target, lambda f: f, "", copies=("",), since=since, before=before)
+
+
+# Called, called by, or imitated, but not replaced.
+RELIED_ON: tuple[Patch, ...] = (
+    _relied_on("megatron.core.transformer.transformer_block:TransformerBlock.forward"),
+    _relied_on(
+        "megatron.core.transformer.transformer_block:TransformerBlock._checkpointed_forward",
+        before=(0, 18),
+    ),
+    _relied_on("megatron.core.recompute:checkpointed_forward", since=(0, 18)),
+    _relied_on("megatron.core.transformer.transformer_layer:TransformerLayer.forward"),
+    _relied_on("megatron.core.transformer.transformer_layer:TransformerLayer._forward_attention"),
+    _relied_on("megatron.core.transformer.module:GraphableMegatronModule.__call__"),
+    _relied_on("megatron.core.tensor_parallel.random:checkpoint"),
+    _relied_on("megatron.core.tensor_parallel.mappings:_split_along_first_dim"),
+    _relied_on("megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb"),
+    _relied_on("megatron.core.pipeline_parallel.schedules:forward_step"),
+    _relied_on("megatron.core.pipeline_parallel.schedules:forward_step_calc_loss"),
+    _relied_on("megatron.core.transformer.moe.router:TopKRouter.routing"),
+    _relied_on("megatron.core.transformer.moe.router:TopKRouter._apply_aux_loss"),
+    _relied_on("megatron.core.transformer.moe.router:TopKRouter._apply_seq_aux_loss"),
+    _relied_on("megatron.core.transformer.moe.router:TopKRouter._apply_global_aux_loss"),
+    _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.step"),
+    _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.state_dict"),
+    _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.load_state_dict"),
+    _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.get_lr"),
+    _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.get_wd"),
+    _relied_on("megatron.training.training:update_train_iters"),
+    _relied_on("megatron.training.training:get_train_valid_test_num_samples"),
+    _relied_on("megatron.core.num_microbatches_calculator:_build_num_microbatches_calculator"),
+    _relied_on("megatron.training.datasets.data_samplers:MegatronPretrainingSampler.__iter__"),
+)
+
+
+class VersionError(RuntimeError):
+    """This Megatron is not one that random-LTD was tested with. Nothing has been patched."""
+
+
+def require_installed() -> None:
+    """Raise VersionError, saying how to get it, if Python finds no megatron-core or torch."""
+    for package, module in (("torch", "torch"), ("megatron-core[training]", "megatron.core")):
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # of the parent package
+            found = None
+        if not found:
+            raise VersionError(
+                f"{sys.executable} finds no {module}: pip install '{package}', run the script of a "
+                "Megatron-LM checkout, or use the environment that Megatron is installed in"
+            )
+
+
+def megatron_version() -> str:
+    """Return the version of the megatron-core in this process, such as "0.19.2".
+
+    Megatron appends the commit of whatever git repository it lies in, a virtual environment in a
+    checkout of something else included ("0.19.2+20505b2"); that says nothing about its source.
+    """
+    from megatron.core.package_info import __version__
+
+    return __version__.partition("+")[0]
+
+
+def release() -> tuple[int, ...]:
+    """Return (major, minor) of the megatron-core in this process, such as (0, 19)."""
+    return tuple(int(number) for number in megatron_version().split(".")[:2])
+
+
+def rows(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
+    """Return the rows of a table that are for the megatron-core in this process."""
+    return tuple(patch for patch in patches if patch.is_for(release()))
+
+
+@functools.cache
+def known_fingerprints() -> dict[str, dict[str, str]]:
+    """Return {symbol: {version: fingerprint}} of the tested versions."""
+    return json.loads((Path(__file__).parent / "fingerprints.json").read_text())
+
+
+def tested_versions() -> list[str]:
+    """Return the tested versions, oldest first."""
+    found = {version for hashes in known_fingerprints().values() for version in hashes}
+    return sorted(found, key=lambda version: [int(number) for number in version.split(".")])
+
+
+def newest_of_each_minor() -> list[str]:
+    """Return the newest tested version of each minor release, oldest first."""
+    return list({version.rpartition(".")[0]: version for version in tested_versions()}.values())
+
+
+def known() -> dict[str, set[str]]:
+    """Return {symbol: fingerprints}, to compare sources with; empty if the user allowed any."""
+    if os.environ.get(ALLOW_UNTESTED):
+        return {}
+    return {symbol: set(hashes.values()) for symbol, hashes in known_fingerprints().items()}
+
+
+def problems() -> list[str]:
+    """Return what differs, in the functions of `RELIED_ON`, from the tested versions."""
+    return [problem for row in rows(RELIED_ON) for problem in mechanism.check(row, known())]
+
+
+def require(found: list[str]) -> None:
+    """Raise VersionError, naming versions and the way out, if problems were found."""
+    if found:
+        lines = "".join(f"\n  - {problem}" for problem in found)
+        raise VersionError(
+            f"megatron-core {megatron_version()} is not one that random-LTD was tested with "
+            f"({', '.join(tested_versions())}):{lines}\n"
+            f"Install a tested version. {ALLOW_UNTESTED}=1 skips the comparison of sources."
+        )
+
+
+def package_version(name: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""Which tokens a layer keeps, and how rows of the hidden states move. Knows of torch only."""

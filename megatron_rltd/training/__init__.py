@@ -1,0 +1,1 @@
+"""random-LTD in Megatron's own training loop."""

@@ -1,0 +1,233 @@
+"""How long a run is: LayerToken budgets in Megatron's iterations and samples.
+
+``--train-layer-tokens N`` ends a run when N LayerTokens per layer are consumed. What that takes in
+iterations and samples follows from the schedule and is put into Megatron's own arguments before it
+sizes data sets by them. What Megatron would derive of the learning rate from the samples of a run
+is derived here from what its schedule will have advanced by.
+"""
+
+import inspect
+from fractions import Fraction
+from typing import Any
+
+from megatron_rltd.config import ConfigError, Resolved
+from megatron_rltd.patching import versions
+from megatron_rltd.schedule import BatchSize, Progress
+
+_UNITS = {
+    unit: [f"lr_decay_{unit}", f"lr_warmup_{unit}", f"lr_wsd_decay_{unit}", f"train_{unit}"]
+    for unit in ("iters", "samples")
+}
+
+
+def set_length(args: Any, resolved: Resolved) -> None:
+    """Set the iterations or samples that ``--train-layer-tokens`` takes.
+
+    Iterations if the learning rate or the length is given in them, else samples.
+
+    Args:
+        args: Megatron's validated arguments.
+
+    Raises:
+        ConfigError: The budget contradicts another argument, or the learning rate does not fit in.
+    """
+    if not follows_layer_tokens(args):
+        return
+    problems = _set_budget(args, resolved) if args.train_layer_tokens is not None else []
+    if not problems and args.layer_token_lr and (args.train_iters or args.train_samples):
+        problems = _learning_rate_problems(args, resolved)
+    if problems:
+        raise ConfigError(problems)
+
+
+def follows_layer_tokens(args: Any) -> bool:
+    """Return whether the length of the run or its learning rate is given in LayerTokens."""
+    return args.layer_token_lr or args.train_layer_tokens is not None
+
+
+def check_units(args: Any) -> None:
+    """Check how the length of a run and its learning rate are given, before Megatron does.
+
+    Args:
+        args: Megatron's parsed arguments.
+
+    Raises:
+        ConfigError: In units that do not go together.
+    """
+    problems = _unit_problems(args) if follows_layer_tokens(args) else []
+    if problems:
+        raise ConfigError(problems)
+
+
+def _unit_problems(args: Any) -> list[str]:
+    problems = []
+    budget = args.train_layer_tokens
+    iterations, samples = (
+        [n for n in names if getattr(args, n, None)] for names in _UNITS.values()
+    )
+    if budget is not None and budget <= 0:
+        problems.append(f"--train-layer-tokens {budget} must be positive")
+    if iterations and samples:
+        both = f"{_flag(iterations[0])} counts iterations and {_flag(samples[0])} samples: "
+        length = next((n for n in (iterations[-1], samples[-1]) if n.startswith("train")), None)
+        if budget is not None and length:
+            both += f"leave {_flag(length)} away, for --train-layer-tokens says how long the run is"
+        else:
+            both += "give all in one unit"
+        problems.append(both)
+    ramp_up_is_ignored = versions.release() >= (0, 18)
+    grows = args.step_batch_size_schedule if ramp_up_is_ignored else args.rampup_batch_size
+    if iterations and grows:
+        problems.append(
+            f"{_flag(iterations[0])} is no number of samples while the batch grows: give lengths "
+            "in samples (--train-samples, --lr-warmup-samples, ...)"
+        )
+    if ramp_up_is_ignored and getattr(args, "rampup_batch_size", None):
+        problems.append(
+            "--rampup-batch-size is ignored by this Megatron: say the same with "
+            "--step-batch-size-schedule, which takes the place of --global-batch-size"
+        )
+    for name in ("lr_warmup_iters", "lr_warmup_samples"):
+        if args.lr_warmup_fraction is not None and getattr(args, name):
+            problems.append(f"give one of --lr-warmup-fraction and {_flag(name)}, not both")
+    if budget is not None and getattr(args, "iterations_to_skip", None):
+        problems.append(
+            "--iterations-to-skip makes a run shorter than --train-layer-tokens: give its length "
+            "as --train-iters or --train-samples"
+        )
+    return problems
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _set_budget(args: Any, resolved: Resolved) -> list[str]:
+    end = end_of_budget(args, resolved, Progress())
+    for name, needed in (("train_iters", end.iteration), ("train_samples", end.samples)):
+        given = getattr(args, name)
+        if given and given != needed:
+            return [
+                f"--train-layer-tokens {args.train_layer_tokens} takes {_flag(name)} {needed} from "
+                f"the start of a run, not {given}: leave {_flag(name)} away"
+            ]
+    if any(getattr(args, name, None) for name in _UNITS["iters"]):
+        args.train_iters = end.iteration
+    else:
+        args.train_samples = end.samples
+    return []
+
+
+def _learning_rate_problems(args: Any, resolved: Resolved) -> list[str]:
+    """Return what Megatron would assert of the learning rate's lengths, or not notice."""
+    unit = "samples" if args.train_samples else "iters"
+    size = 1 if args.train_samples else args.global_batch_size
+    given = getattr(args, f"lr_decay_{unit}")
+    decay = _remaining(args, resolved, Progress()) if given is None else given * size
+    problems = []
+    for name in (f"lr_warmup_{unit}", f"lr_wsd_decay_{unit}"):
+        length = (getattr(args, name, None) or 0) * size
+        if length > decay or (length == decay and "warmup" in name and length):
+            problems.append(
+                f"{_flag(name)} {length // size} is {length} samples, too long for a learning rate "
+                f"that decays over {float(decay):.10g} samples: under --layer-token-lr these are "
+                "samples' worth of LayerTokens, by default those of the run"
+            )
+    return problems
+
+
+def end_of_budget(args: Any, resolved: Resolved, start: Progress) -> Progress:
+    """Return where a run that is at `start` stands when ``--train-layer-tokens`` are consumed."""
+    tokens = args.train_layer_tokens * resolved.model.num_layers
+    return resolved.layer_tokens.until(
+        lambda progress: progress.layer_tokens >= tokens, batch_size(args), start
+    )
+
+
+def after_iterations(
+    args: Any,
+    resolved: Resolved,
+    iterations: int,
+    start: Progress = Progress(),  # noqa: B008
+) -> Progress:
+    """Return where a run that is at `start` stands after its `iterations`-th iteration."""
+    return resolved.layer_tokens.until(
+        lambda progress: progress.iteration >= iterations, batch_size(args), start
+    )
+
+
+def _remaining(args: Any, resolved: Resolved, start: Progress) -> Fraction:
+    """Return by how much the learning rate's schedule advances until the end of the run.
+
+    In samples or, under ``--layer-token-lr``, what LayerTokens are worth in samples of which
+    nothing is dropped.
+    """
+    counted = resolved.layer_tokens
+    if args.train_layer_tokens is not None:
+        if args.layer_token_lr:
+            # Not the few more of the last step: those would differ with the batch size.
+            tokens = args.train_layer_tokens * resolved.model.num_layers - start.layer_tokens
+            return Fraction(max(0, tokens), counted.dense)
+        return Fraction(end_of_budget(args, resolved, start).samples - start.samples)
+    if args.train_samples and not start.iteration:
+        # Megatron has the learning rate run over all of them, an incomplete last batch included.
+        end = counted.until(lambda p: p.samples >= args.train_samples, batch_size(args))
+        return Fraction(end.layer_tokens * args.train_samples, end.samples * counted.dense)
+    end = after_iterations(args, resolved, args.train_iters, start)
+    return Fraction(end.layer_tokens - start.layer_tokens, counted.dense)
+
+
+def scheduler_settings(
+    args: Any,
+    resolved: Resolved,
+    is_decay_given: bool,
+    start: Progress = Progress(),  # noqa: B008
+    advanced: Fraction = Fraction(0),
+) -> dict[str, int | float]:
+    """Return the settings of Megatron's scheduler that follow from the length of the run.
+
+    With another batch size they would be others.
+
+    Args:
+        is_decay_given: Whether a flag says how long the learning rate decays.
+        start: Where the run stands.
+        advanced: By how much the schedule has advanced until then, in samples.
+    """
+    length = advanced + _remaining(args, resolved, start)
+    whole = int(length) if length.denominator == 1 else float(length)
+    settings: dict[str, int | float] = {"wd_incr_steps": whole}
+    if not is_decay_given:
+        settings["lr_decay_steps"] = whole
+        if args.lr_warmup_fraction is not None:
+            settings["lr_warmup_steps"] = args.lr_warmup_fraction * whole
+    return settings
+
+
+def batch_size(args: Any) -> BatchSize:
+    """Return the global batch size that Megatron will use, by the samples consumed.
+
+    Of its own calculator, which also knows ``--step-batch-size-schedule`` (until 0.17
+    ``--rampup-batch-size``) and ``--decrease-batch-size-if-needed``.
+    """
+    from megatron.core.num_microbatches_calculator import _build_num_microbatches_calculator
+
+    # Its parameters differ between releases; all but the rank, which is for logging, are arguments.
+    names = inspect.signature(_build_num_microbatches_calculator).parameters
+    calculator = _build_num_microbatches_calculator(
+        **{name: -1 if name == "rank" else getattr(args, name) for name in names}
+    )
+
+    def of(consumed_samples: int) -> int:
+        calculator.update(consumed_samples, consistency_check=False)
+        size = calculator.get_current_running_global_batch_size()
+        if size <= 0:
+            raise ConfigError(
+                [
+                    f"the global batch of a step is less than --micro-batch-size "
+                    f"{args.micro_batch_size} on each of {args.data_parallel_size} data-parallel "
+                    "ranks"
+                ]
+            )
+        return size
+
+    return of

@@ -1,0 +1,146 @@
+"""Reach a run's peak memory at its start: ``--random-ltd-preflight``.
+
+Memory grows with the kept length, so that a run could fail for lack of it after days. The preflight
+runs the forward and backward pass of one step at the largest kept lengths and forgets it: no
+update, no sample used up, no statistics changed.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_rltd.config import Resolved
+from megatron_rltd.model.random_ltd import RandomLTD
+from megatron_rltd.model.routers import auxiliary_losses
+
+
+def add_preflight(arguments: dict[str, Any], random_ltd: RandomLTD, begin_step: Callable) -> None:
+    """Have a training step run a preflight before its own passes.
+
+    Args:
+        arguments: Of ``megatron.training.training.train_step``; changed.
+        random_ltd: In the step.
+        begin_step: Begins the step again after the preflight.
+    """
+    forward_backward_func = arguments["forward_backward_func"]
+    optimizer, config = arguments["optimizer"], arguments["config"]
+    done: list[int] = []
+
+    def with_preflight(**passes: Any) -> Any:
+        if not done:
+            with _forgotten(passes["model"], optimizer, config):
+                done.extend(_run(forward_backward_func, passes, random_ltd))
+            begin_step()
+            _report(done)
+        return forward_backward_func(**passes)
+
+    arguments["forward_backward_func"] = with_preflight
+
+
+def largest_steps(resolved: Resolved, num_micro_batches: int) -> list[tuple[int, int]]:
+    """Return (kept tokens, position of the schedule) of the steps that may take most memory.
+
+    The two longest: a dropped layer has buffers of its own beside its k rows, so that the longest
+    step of the ramp may take more than a dense one. And the longest with each number of
+    micro-batches in a pass: what does not drop, the output layer above all, grows with them.
+    """
+    levels = [(kept, start) for start, kept in resolved.schedule.levels()]
+    last = {resolved.micro_batches_per_pass(k, num_micro_batches): (k, t) for k, t in levels}
+    return sorted({*levels[-2:], *last.values()})
+
+
+def _run(forward_backward_func: Callable, passes: dict, random_ltd: RandomLTD) -> list[int]:
+    """Run the passes at the largest kept lengths; return these."""
+    longest = largest_steps(random_ltd.resolved, passes["num_microbatches"])
+    for _, position in longest:
+        random_ltd.begin_step(position, position)
+        with _replayed(passes["data_iterator"]):
+            forward_backward_func(**passes)
+        _zero_gradients(passes["model"])
+    return [kept for kept, _ in longest]
+
+
+def _report(lengths: list[int]) -> None:
+    from megatron.training import print_rank_0
+
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    print_rank_0(
+        f"random-LTD: preflight with {', '.join(map(str, lengths[:-1]))} and {lengths[-1]} kept "
+        "tokens passed"
+        + (f"; peak memory on rank 0: {peak:.1f} GiB" if torch.cuda.is_available() else "")
+    )
+
+
+def _zero_gradients(model: list[Any]) -> None:
+    for chunk in model:
+        chunk.zero_grad_buffer()
+
+
+@contextlib.contextmanager
+def _forgotten(model: list[Any], optimizer: Any, config: Any) -> Iterator[None]:
+    """Undo what forward and backward passes leave behind but for memory."""
+    from megatron.core import tensor_parallel
+    from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+
+    # As Megatron does around its evaluation: results outside of a step are not to be rerun.
+    rerun = get_rerun_state_machine()
+    mode, finalize = rerun.get_mode(), config.finalize_model_grads_func
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(), tracker.get_states()
+    # Statistics of the routers, such as the counts that their biases follow.
+    buffers = [(b, b.clone()) for chunk in model for _, b in chunk.named_buffers()]
+    losses = {name: values.clone() for name, values in auxiliary_losses().items()}
+
+    def finish_reduction(model: list[Any], *args: Any, **kwargs: Any) -> None:
+        # Megatron's own would also update the routers' biases.
+        for chunk in model:
+            chunk.finish_grad_sync()
+
+    rerun.set_mode(RerunMode.DISABLED)
+    config.finalize_model_grads_func = finish_reduction
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = finalize
+        rerun.set_mode(mode)
+        optimizer.zero_grad()
+        torch.set_rng_state(states[0])
+        torch.cuda.set_rng_state(states[1])
+        tracker.set_states(states[2])
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for name, values in auxiliary_losses().items():
+            values.copy_(losses[name]) if name in losses else values.zero_()
+
+
+@contextlib.contextmanager
+def _replayed(data_iterator: Any) -> Iterator[None]:
+    """Have data iterators give what they gave inside the with-statement once more after it.
+
+    Megatron's iterators read from ``RerunDataIterator.iterable``, which is replaced meanwhile.
+    """
+    iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+    iterators = [i for i in iterators if i is not None]
+    sources = [i.iterable for i in iterators]
+    given: list[list[Any]] = [[] for _ in iterators]
+
+    def record(source: Any, items: list[Any]) -> Iterator[Any]:
+        for item in source:
+            items.append(item if not isinstance(item, dict) else dict(item))
+            yield item
+
+    def replay(iterator: Any, source: Any, items: list[Any]) -> Iterator[Any]:
+        yield from items
+        iterator.iterable = source
+        yield from source
+
+    for iterator, source, items in zip(iterators, sources, given, strict=True):
+        iterator.iterable = record(source, items)
+    try:
+        yield
+    finally:
+        for iterator, source, items in zip(iterators, sources, given, strict=True):
+            iterator.iterable = replay(iterator, source, items)

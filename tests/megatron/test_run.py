@@ -1,0 +1,157 @@
+"""The command line, as a user types it."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from megatron_rltd.config import FIELDS, flag
+from megatron_rltd.cpu import adapter
+from megatron_rltd.patching import versions
+from megatron_rltd.training import patches
+from tests.megatron.test_training import BASE, LTD
+from tests.parallel import environment, free_port, run_all
+
+
+def _main(argv):
+    import torch
+
+    torch.set_num_threads(1)
+    from megatron_rltd.__main__ import main
+
+    try:
+        return main(argv)
+    except SystemExit as exit_:  # argparse
+        return exit_.code
+
+
+def cli(line: str, world_size: int = 1) -> tuple[int, str]:
+    """Return exit status and output of ``python -m megatron_rltd LINE`` on every rank."""
+    results = run_all(world_size, _main, line.split())
+    assert len({r["value"] for r in results}) == 1
+    return results[0]["value"], "".join(r["output"] for r in results)
+
+
+def test_usage():
+    status, output = cli("")
+    assert status == 2
+    assert "python -m megatron_rltd SCRIPT ARGS..." in output
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--chekc", "the first argument must be a script, not --chekc"),
+        ("missing.py --num-layers 2", "there is no script missing.py; bundled: pretrain_gpt"),
+    ],
+)
+def test_what_is_no_script(line, message):
+    status, output = cli(line)
+    assert status == 2
+    assert output.strip() == f"megatron_rltd: {message}"
+
+
+@pytest.mark.parametrize("flag", ["--sft", "--dataloader-inter-document-masking"])
+def test_data_that_the_bundled_script_does_not_read(flag):
+    status, output = cli(f"pretrain_gpt {BASE} {LTD} --no-rope-fusion {flag}")
+    assert status == 2
+    assert only_error(output).strip() == f"- {flag}: use the pretrain_gpt.py of Megatron-LM"
+
+
+def _main_with_transformer_engine(argv):
+    import importlib.util
+    from unittest import mock
+
+    with mock.patch.object(importlib.util, "find_spec", lambda name: name):
+        return _main(argv)
+
+
+@pytest.mark.parametrize("line", [f"pretrain_gpt {BASE}", "--check"])
+def test_no_training_on_a_cpu_with_transformer_engine(line):
+    (result,) = run_all(1, _main_with_transformer_engine, line.split())
+    assert result["value"] == (1 if line == "--check" else 2)
+    assert "Traceback" not in result["output"]
+    assert "Transformer Engine is installed here" in result["output"]
+    assert "an environment without it" in result["output"]
+
+
+def test_check_lists_every_patch():
+    status, output = cli("--check")
+    assert status == 0
+    for patch in versions.rows(patches.PATCHES):
+        assert f"ok       {patch.target}" in output
+    for patch in versions.rows(adapter.PATCHES):
+        assert patch.target in output
+    assert "random-LTD can run here." in output
+
+
+def test_help_has_our_flags():
+    # Megatron 0.19's own --help fails on a percent sign in one of its texts.
+    status, output = cli("--help")
+    assert status == 0
+    for name in FIELDS:
+        assert flag(name) in output
+
+
+def only_error(output: str) -> str:
+    """Return what follows Megatron's own output, which must hold no traceback."""
+    assert "Traceback" not in output
+    assert output.count("megatron_rltd: cannot run with these arguments:") == 1
+    return output.partition("megatron_rltd: cannot run with these arguments:")[2]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_wrong_arguments_are_one_error_on_one_rank(world_size):
+    line = f"{BASE} {LTD} --random-ltd-layers 2-7 --random-ltd-ramp-samples 5 --perform-rl-step"
+    status, output = cli(f"pretrain_gpt {line}", world_size)
+    assert status == 2
+    problems = only_error(output).strip().splitlines()
+    assert len(problems) == 3
+    assert "--perform-rl-step trains on rollouts" in problems[0]
+    assert "--random-ltd-ramp-samples" in problems[1]
+    assert "--random-ltd-layers 2-7" in problems[2]
+
+
+def test_an_option_without_the_switch():
+    status, output = cli(f"pretrain_gpt {BASE} --random-ltd-min-tokens 16")
+    assert status == 2
+    assert "--random-ltd-min-tokens does nothing without --random-ltd" in only_error(output)
+
+
+def test_missing_and_empty_data(tmp_path):
+    base = BASE.replace("--mock-data", "")
+    status, output = cli(f"pretrain_gpt {base}")
+    assert status == 2
+    assert "there is no data: give --data-path PREFIX" in only_error(output)
+    (tmp_path / "text.bin").touch()
+    status, output = cli(f"pretrain_gpt {base} --data-path {tmp_path}/text")
+    assert status == 2
+    assert f"{tmp_path}/text.bin is empty" in only_error(output)
+    assert f"{tmp_path}/text.idx is missing" in only_error(output)
+
+
+def test_torchrun(tmp_path):
+    """The command that the README gives, with real processes of their own."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "import helper_beside_the_script\n"
+        "from megatron_rltd.pretrain.pretrain_gpt import main\n"
+        "assert __name__ == '__main__' and sys.argv[0] == __file__\n"
+        "main()\n"
+    )
+    (tmp_path / "helper_beside_the_script.py").touch()
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--master-port", str(free_port()), "-m", "megatron_rltd", str(script)),
+        *f"{BASE} {LTD} --tensor-model-parallel-size 2 --sequence-parallel".split(),
+    ]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("patched symbols") == 1
+    assert result.stdout.count("no CUDA device here") == 1
+    kept = re.findall(r"iteration +6/.*random-ltd kept tokens: ([0-9.E+]+)", result.stdout)
+    assert [float(k) for k in kept] == [40]

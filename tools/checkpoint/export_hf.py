@@ -1,0 +1,153 @@
+"""Write a checkpoint of Megatron as a folder that Hugging Face's transformers loads.
+
+    python tools/checkpoint/export_hf.py --load RUN/checkpoints --output FOLDER --tokenizer TOKENIZER_FOLDER
+
+GPT-2's architecture (learned positions, LayerNorm, GELU, biases) becomes a GPT2LMHeadModel, Llama's
+(RoPE, RMSNorm, SwiGLU, no biases, with or without GQA) a LlamaForCausalLM, embeddings tied or not;
+anything else is refused. All about the model comes from the checkpoint, which
+may have been trained on any parallel layout; this is one process and needs no GPU. Of memory it
+takes about twice the model's, in the dtype that is stored; the optimizer is not read.
+
+A checkpoint of random-LTD is an ordinary one: in evaluation nothing is dropped.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# This checkout's package, installed or not, and what makes its data.
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 1)]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--load", type=Path, required=True, metavar="FOLDER", help="the run's --save")
+    add("--iteration", type=int, metavar="N", help="which checkpoint (the latest)")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    text = "a folder that save_pretrained wrote, or a tokenizer.json (the run's, if still there)"
+    add("--tokenizer", type=Path, metavar="FOLDER", help=text)
+    add("--vocab-file", type=Path, metavar="FILE", help="of GPT-2's BPE, instead of --tokenizer")
+    add("--merge-file", type=Path, metavar="FILE", help="of GPT-2's BPE")
+    text = "tokens without padding, for want of a tokenizer"
+    add("--vocab-size", type=int, metavar="N", help=text)
+    add("--dtype", choices=DTYPES, help="of the weights written (as stored)")
+    options = parser.parse_args(argv)
+    if bool(options.vocab_file) != bool(options.merge_file):
+        parser.error("--vocab-file and --merge-file go together")
+    if options.tokenizer and options.vocab_file:
+        parser.error("give --tokenizer or --vocab-file with --merge-file, not both")
+    for name in ("tokenizer", "vocab_file", "merge_file"):
+        path = getattr(options, name)
+        if path and not path.exists():
+            parser.error(f"--{name.replace('_', '-')}: there is no {path}")
+    if options.output.exists():
+        parser.error(f"--output {options.output} exists; name a new folder")
+    return options
+
+
+def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str, Any], list[str]]:
+    """Return the model's configuration, its parameters by name, and what to say of them.
+
+    Args:
+        scratch: An empty folder, to write the tokenizer to.
+
+    Raises:
+        ConversionError: The checkpoint cannot be exported.
+    """
+    import hf_checkpoint
+    import hf_config
+    import hf_tokenizer
+    import hf_weights
+    import torch
+
+    folder = hf_checkpoint.find(options.load, options.iteration)
+    args = hf_checkpoint.stored_args(folder)
+    family = hf_config.family_of(args)
+    shapes = hf_checkpoint.tensor_shapes(folder)
+    hf_weights.check_names(family, hf_config.shape_of(args, 0), shapes)
+    tokenizer = hf_tokenizer.write(
+        scratch, args, options.tokenizer, options.vocab_file, options.merge_file
+    )
+    rows = shapes["embedding.word_embeddings.weight"][0]
+    vocabulary = hf_tokenizer.vocabulary(args, tokenizer, options.vocab_size, rows)
+    ends = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
+    config = hf_config.config_of(family, args, vocabulary, ends)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    weights = {
+        name: tensor.contiguous()
+        for name, tensor in hf_weights.to_hugging_face(
+            family,
+            hf_config.shape_of(args, vocabulary),
+            lambda name: hf_checkpoint.read(folder, name),
+            dtype,
+        )
+    }
+    config.dtype = weights[next(iter(weights))].dtype
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    kind = f"{hf_weights.TITLES[family]}, {parameters:,} parameters in {str(config.dtype)[6:]}"
+    said = [
+        f"{kind}, from {folder}",
+        f"vocabulary: {vocabulary:,} tokens, {rows - vocabulary:,} rows of padding cut off",
+    ]
+    if family == "gpt2":
+        said.append(f"activation: {config.activation_function}, which is what the run computed")
+    if tokenizer is None:
+        said.append("no tokenizer: evaluation needs one, see --tokenizer")
+    elif tokenizer.eos_token is None:
+        said.append("the tokenizer names no end-of-text token (eos_token), as evaluation needs")
+    return config, weights, said
+
+
+def save(config: Any, weights: dict[str, Any], folder: Path) -> None:
+    """Let transformers write the model, every parameter of which must be there and no other."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    weights.clear()
+    model.tie_weights()
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    stored = json.loads(path.read_text())
+    if "rope_parameters" in stored:  # transformers 4 reads it from here, or takes its own default
+        stored["rope_theta"] = stored["rope_parameters"]["rope_theta"]
+    stored["torch_dtype"] = stored["dtype"]
+    path.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export; return the exit status."""
+    options = parse_args(argv)
+    import hf_checkpoint
+    import hf_config
+    from hf_weights import ConversionError
+
+    try:
+        hf_config.require_transformers()
+        with hf_checkpoint.new_folder(options.output) as scratch:
+            with hf_checkpoint.alone():
+                config, weights, said = converted(options, scratch)
+            # Not in there: what torch.device("meta") first sees of torch, it sees ever after.
+            save(config, weights, scratch)
+    except (ConversionError, OSError) as error:
+        print(f"export_hf: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.output}: {said[0]}", *said[1:], sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What makes Megatron's data sets from text."""
