@@ -48,7 +48,7 @@ from lib.timing import (
 )
 from torch import Tensor
 
-from megatron_rltd.tokens import kernels, ops
+from megatron_rltd.tokens import kernels
 
 SHARES, QUICK_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9), (0.25, 0.75)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -180,7 +180,6 @@ def measure_share(
                 else None,
             }
             rows.append(counted | row)
-    ops.use_backend("auto")
     shared = {"micro_batch_size": hidden.size(1), "share": share, "kept_tokens": kept}
     return [shared | row for row in rows]
 

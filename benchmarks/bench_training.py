@@ -1,8 +1,8 @@
 """Time training steps of a GPT at several kept lengths against dense ones, in one process.
 
-    python benchmarks/bench_training.py                          on the GPU, else the CPU: a small GPT
-    python benchmarks/bench_training.py --preset gpt3-1.3b       GPT-3 1.3B on one GPU, b = 8
-    python benchmarks/bench_training.py --profile                what a step's time goes into
+    python benchmarks/bench_training.py                      on the GPU, else the CPU: a small GPT
+    python benchmarks/bench_training.py --preset gpt3-1.3b   GPT-3 1.3B on one GPU, b = 8
+    python benchmarks/bench_training.py --profile            what a step's time goes into
     python benchmarks/bench_training.py --from RESULTS.json --plot      show and draw them again
 
 The steps go in turn: dense, one of each kept length, dense, and so on; each has several
@@ -37,7 +37,7 @@ from lib.model_options import add_model_options, chosen_shape, trainer_of
 from lib.plots import draw_training
 from lib.timing import CPU_TIME, KEPT_MEMORY, interleaved, keep_freed_memory, ratio, spread
 
-from megatron_rltd.schedule import LayerTokens
+from megatron_rltd.schedule import LayerTokenCost
 
 WARM_UP = 2  # rounds
 LEAST_SAVING = 0.02  # below it the share realised is a quotient of noise
@@ -65,7 +65,7 @@ def rows_of(
     times: dict[tuple[int, int], list[dict[str, float]]],
     peaks: dict[tuple[int, int], float],
     shape: Shape,
-    tokens: LayerTokens,
+    tokens: LayerTokenCost,
     cost: Callable[[int], int],
 ) -> list[Row]:
     """Return the table, a row for each (kept length, micro-batch)."""
@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     notes += [CPU_TIME] if options.cpu_time else []
     with one_process(device):
         trainer = trainer_of(options, shape, lengths[0], device)
-        tokens = LayerTokens(schedule, shape.num_layers, trainer.dropped)
+        tokens = LayerTokenCost(schedule, shape.num_layers, trainer.dropped)
         is_causal = is_causal_only(options.attention)
         cost = functools.partial(operations, shape, dropped=trainer.dropped, is_causal=is_causal)
         now = time.process_time if options.cpu_time else time.perf_counter

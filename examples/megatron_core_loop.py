@@ -1,6 +1,7 @@
 """Train a GPT with random-LTD in a loop of your own on megatron-core.
 
-    python examples/megatron_core_loop.py                                      one GPU, or the CPU
+    python examples/megatron_core_loop.py                   one GPU
+    python examples/megatron_core_loop.py --cpu             without a GPU
     torchrun --nproc-per-node 4 examples/megatron_core_loop.py \
         --tensor-parallel 2 --pipeline-parallel 2
 
@@ -14,6 +15,7 @@ Shapes: b micro batch, s sequence length.
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 from megatron_rltd import LayerTokenScheduler, RandomLTD, RandomLTDConfig
 from megatron_rltd.cpu import adapter
 
-if adapter.is_needed():
+if "--cpu" in sys.argv:
     adapter.enable()  # before Megatron is imported
 
 from megatron.core import parallel_state, tensor_parallel
@@ -57,7 +59,7 @@ def build(args: argparse.Namespace) -> DistributedDataParallel:
         pipeline_dtype=torch.float32,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        use_cpu_initialization=adapter.is_needed(),
+        use_cpu_initialization=args.cpu,
     )
     model = GPTModel(
         config,
@@ -150,9 +152,9 @@ def train(args: argparse.Namespace) -> list[float]:
             micro_batch_size=MICRO_BATCH,
             forward_only=False,
         )
-        random_ltd.end_step()
+        ended = random_ltd.end_step()
         optimizer.step()
-        scheduler.step(increment=GLOBAL_BATCH)
+        scheduler.step(increment=GLOBAL_BATCH, step=ended)
         if losses:
             loss = torch.stack([each["loss"] for each in losses]).mean()
             torch.distributed.all_reduce(
@@ -162,7 +164,7 @@ def train(args: argparse.Namespace) -> list[float]:
             if parallel_state.get_data_parallel_rank() == 0 and (
                 parallel_state.get_tensor_model_parallel_rank() == 0
             ):
-                kept, rate = random_ltd.kept_tokens, optimizer.param_groups[0]["lr"]
+                kept, rate = ended.kept_tokens, optimizer.param_groups[0]["lr"]
                 print(
                     f"step {step + 1:3}  loss {history[-1]:.4f}  kept tokens {kept}  "
                     f"learning rate {rate:.2e}",
@@ -174,6 +176,7 @@ def train(args: argparse.Namespace) -> list[float]:
 def main() -> None:
     """Set up the process groups and train."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cpu", action="store_true", help="run without a GPU")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)
@@ -183,7 +186,7 @@ def main() -> None:
     for name, value in (variables | {"MASTER_PORT": "29513"}).items():
         os.environ.setdefault(name, value)
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("gloo" if adapter.is_needed() else "nccl")
+    torch.distributed.init_process_group("gloo" if args.cpu else "nccl")
     parallel_state.initialize_model_parallel(args.tensor_parallel, args.pipeline_parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     torch.manual_seed(1234)

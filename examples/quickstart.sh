@@ -103,6 +103,10 @@ progress() {
   done
 }
 
+# Megatron wants a GPU unless it is told to run on the CPU.
+device=()
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || device=(--cpu)
+
 train() {
   local name=$1 run=$folder/$1-$steps
   shift
@@ -113,7 +117,7 @@ train() {
   say "$name: starting Megatron (log: $run/log.txt)"
   mkdir -p "$run"
   local status=0
-  "$PYTHON" -m megatron_rltd pretrain_gpt \
+  "$PYTHON" -m megatron_rltd pretrain_gpt "${device[@]}" \
     "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@" \
     --tensorboard-dir "$run/tensorboard" --save "$run/checkpoints" --load "$run/checkpoints" \
     --save-interval "$steps" --exit-signal-handler --exit-signal SIGINT 2>&1 |
@@ -128,6 +132,6 @@ train() {
 train dense
 train random-LTD "${RANDOM_LTD_ARGS[@]}"
 echo
-"$PYTHON" "$root/tools/compare" \
+"$PYTHON" -m megatron_rltd compare \
   "dense=$folder/dense-$steps/tensorboard" "random-LTD=$folder/random-LTD-$steps/tensorboard" \
   --plot "$folder/quickstart.png"

@@ -6,24 +6,29 @@ needs. All problems are found before anything is built, and reported together. W
 refuses to run with is in `refusals`.
 """
 
-import argparse
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
-from megatron_rltd.schedule import LayerTokens, Schedule
-from megatron_rltd.tokens.shards import fewest_strata
+from megatron_rltd.schedule import LayerTokenCost, Schedule
 
 
 class ConfigError(ValueError):
-    """What the user asked for cannot work. The message names flags, values and ways out."""
+    """What the user asked for cannot work, which every rank finds alike.
+
+    The message names flags, values and ways out.
+    """
 
     def __init__(self, problems: list[str]):
         lines = "".join(f"\n  - {problem}" for problem in problems)
         super().__init__(f"cannot run with these arguments:{lines}")
         self.problems = problems
+
+
+class RankConfigError(ConfigError):
+    """A `ConfigError` that only some of the ranks may find, such as a file that a node lacks."""
 
 
 @dataclass(frozen=True)
@@ -89,79 +94,20 @@ class RandomLTDConfig:
     so that the run's peak memory shows at once and not when the ramp ends."""
 
 
-FLAG_PREFIX = "random_ltd_"
 FIELDS = tuple(f.name for f in dataclasses.fields(RandomLTDConfig))
 # How a run computes, not what: free to change when it is continued.
 FREE = ("backend", "grow_micro_batch", "grow_min_micro_batches", "preflight")
+FLAG_PREFIX = "random_ltd_"
 
 
-def flag(name: str) -> str:
-    """Return the command-line flag of a field."""
-    return "--" + (FLAG_PREFIX + name).replace("_", "-")
+def to_flag(name: str) -> str:
+    """Return the command-line flag of a name in Megatron's arguments."""
+    return "--" + name.replace("_", "-")
 
 
-def whole_number(text: str) -> int:
-    """Return the integer of a text such as 300000000000 or 300e9.
-
-    Raises:
-        ValueError: It is none.
-    """
-    try:
-        number = Decimal(text)
-        if number == number.to_integral_value():
-            return int(number)
-    except (InvalidOperation, OverflowError):
-        pass
-    raise ValueError(f"{text!r} is not a whole number")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add ``--random-ltd`` and a flag for each field; harmless if they are there already.
-
-    Usable as Megatron's ``extra_args_provider``.
-    """
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
-    class PrefixedGroupFactory(ArgumentGroupFactory):
-        """Megatron's dataclass-to-flags factory, with our prefix on flag and namespace name."""
-
-        def _build_argparse_kwargs_from_field(self, attribute):
-            kwargs = super()._build_argparse_kwargs_from_field(attribute)
-            return {
-                **kwargs,
-                "arg_names": [flag(attribute.name)],
-                "dest": FLAG_PREFIX + attribute.name,
-            }
-
-    if any("--random-ltd" in action.option_strings for action in parser._actions):
-        return parser
-    group = PrefixedGroupFactory(RandomLTDConfig).build_group(parser, title="random-LTD")
-    group.add_argument(
-        "--random-ltd",
-        action="store_true",
-        help="Train with random layerwise token dropping. Evaluation never drops.",
-    )
-    group.add_argument(
-        "--layer-token-lr",
-        action="store_true",
-        help="Let warm-up, decay and weight-decay increments advance by LayerTokens, the tokens "
-        "summed over the layers that processed them, instead of samples. In --lr-warmup-samples "
-        "and its like a sample then stands for as many LayerTokens as a sample of which nothing "
-        "is dropped; decay defaults to the LayerTokens of the run.",
-    )
-    group.add_argument(
-        "--train-layer-tokens",
-        type=whole_number,
-        metavar="N",
-        help="Train until each layer has processed N tokens on average, N LayerTokens per layer: "
-        "the paper's unit for the length of a run. Instead of --train-iters or --train-samples.",
-    )
-    return parser
-
-
-def config_from_args(args: Any) -> RandomLTDConfig:
-    """Return the config that a parsed Megatron namespace holds."""
-    return RandomLTDConfig(**{name: getattr(args, FLAG_PREFIX + name) for name in FIELDS})
+def flag(field: str) -> str:
+    """Return the command-line flag of a field of `RandomLTDConfig`."""
+    return to_flag(FLAG_PREFIX + field)
 
 
 def options_in_force(config: RandomLTDConfig, num_layers: int) -> dict[str, Any]:
@@ -178,7 +124,7 @@ def options_in_force(config: RandomLTDConfig, num_layers: int) -> dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFacts:
     """What `resolve` needs to know of a model and its layout.
 
     Attributes:
@@ -204,9 +150,36 @@ class Model:
     row_multiple: int = 1
     seed: int = 1234
 
+    @classmethod
+    def of(
+        cls, config: Any, *, seq_length: int, seed: int, micro_batch_size: int = 1
+    ) -> "ModelFacts":
+        """Return what Megatron says of a model and its layout.
+
+        Args:
+            config: A ``TransformerConfig`` or Megatron's validated arguments, which say it under
+                the same names.
+            micro_batch_size: 1 if it is not known.
+        """
+        is_block_scaled = getattr(config, "fp8_recipe", None) == "mxfp8"
+        fp4 = getattr(config, "fp4", None)
+        has_fp8 = bool(getattr(config, "fp8", None) or fp4)
+        tensor_parallel_size = config.tensor_model_parallel_size
+        return cls(
+            seq_length=seq_length,
+            num_layers=config.num_layers,
+            micro_batch_size=micro_batch_size,
+            sequence_parallel_size=tensor_parallel_size if config.sequence_parallel else 1,
+            context_parallel_size=config.context_parallel_size,
+            pipeline_parallel_size=config.pipeline_model_parallel_size,
+            passes_of_chunk=_interleaved_passes(config),
+            row_multiple=(32 if is_block_scaled or fp4 else 16) if has_fp8 else 1,
+            seed=seed,
+        )
+
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedConfig:
     """A config that fits its model: what a run needs, nothing left to default.
 
     Attributes:
@@ -218,7 +191,7 @@ class Resolved:
     """
 
     config: RandomLTDConfig
-    model: Model
+    model: ModelFacts
     schedule: Schedule
     ramp_in_samples: bool
     dropped_layers: tuple[int, ...]
@@ -226,11 +199,39 @@ class Resolved:
     seed: int
 
     @property
-    def layer_tokens(self) -> LayerTokens:
+    def layer_tokens(self) -> LayerTokenCost:
         """What a step consumes."""
-        return LayerTokens(
+        return LayerTokenCost(
             self.schedule, self.model.num_layers, len(self.dropped_layers), self.ramp_in_samples
         )
+
+    def describe(self, num_micro_batches: int) -> list[str]:
+        """Return what the run will do, a line each, for its log.
+
+        Args:
+            num_micro_batches: Of a step.
+        """
+        config, schedule, s = self.config, self.schedule, self.schedule.seq_length
+        length = f"{schedule.min_tokens:,} of {s:,} tokens"
+        if schedule.ramp_length is not None:
+            unit = "samples" if self.ramp_in_samples else "iterations"
+            root = f" with root degree {schedule.root_degree}" * (schedule.root_degree != 1)
+            length += f" at first, all after {schedule.ramp_length:,} {unit}{root}, in steps of "
+            length += f"{schedule.increment:,}"
+        dropped, layers = set(self.dropped_layers), self.model.num_layers
+        full = [n for n in range(1, layers + 1) if n not in dropped]
+        share = "one draw for each " + ("micro-batch" if config.shared_indices else "sample")
+        cost = self.layer_tokens.per_sample(schedule.kept_tokens(0)) / self.layer_tokens.dense
+        lines = [
+            f"kept tokens: {length}",
+            f"layers that drop: {format_ranges(self.dropped_layers)} of {layers}; layers that see "
+            f"all tokens: {format_ranges(full) or 'none'}",
+            f"draws: seed {self.seed}, {self.strata} strata, {share}",
+            f"LayerTokens of the first step: {cost:.1%} of a dense one's",
+        ]
+        if config.grow_micro_batch > 1:
+            lines.append(self.joined_in_words(num_micro_batches))
+        return lines
 
     def micro_batches_per_pass(self, kept: int, num_micro_batches: int) -> int:
         """Return how many of a step's micro-batches one pass takes.
@@ -271,16 +272,18 @@ class Resolved:
         return f"micro-batches in one pass, of {num_micro_batches} in a step: {listed}"
 
 
-def interleaved_passes(config: Any) -> int | None:
-    """Return the passes in a row through one model chunk of an interleaved pipeline, or None.
-
-    Args:
-        config: Megatron's arguments or its ``ModelParallelConfig``.
-    """
+def _interleaved_passes(config: Any) -> int | None:
+    """Return the passes in a row through one model chunk of an interleaved pipeline, or None."""
     if not getattr(config, "virtual_pipeline_model_parallel_size", None):
         return None
     row = getattr(config, "microbatch_group_size_per_vp_stage", None)
     return row or config.pipeline_model_parallel_size
+
+
+def fewest_strata(sequence_parallel_size: int = 1, context_parallel_size: int = 1) -> int:
+    """Return the smallest S with which every rank holds whole strata (`tokens.shards`)."""
+    chunks = 2 * context_parallel_size if context_parallel_size > 1 else 1
+    return chunks * sequence_parallel_size
 
 
 def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
@@ -304,7 +307,18 @@ def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def resolve(config: RandomLTDConfig, model: Model) -> Resolved:
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as `parse_layers` takes them, such as 2-11,14."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def resolve(config: RandomLTDConfig, model: ModelFacts) -> ResolvedConfig:
     """Check a config against a model and fill in what it leaves open.
 
     Raises:
@@ -376,7 +390,7 @@ def resolve(config: RandomLTDConfig, model: Model) -> Resolved:
     if problems:
         raise ConfigError(problems)
     ramp = config.ramp_iters if config.ramp_samples is None else config.ramp_samples
-    return Resolved(
+    return ResolvedConfig(
         config=config,
         model=model,
         schedule=Schedule(s, k0, None if config.constant else ramp, q, config.root_degree),

@@ -9,17 +9,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_rltd.config import (
-    FIELDS,
-    FLAG_PREFIX,
-    ConfigError,
-    Model,
-    RandomLTDConfig,
-    Resolved,
-    config_from_args,
-    interleaved_passes,
-    resolve,
-)
+from megatron_rltd.config import FIELDS, FLAG_PREFIX, ConfigError, RandomLTDConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ def _truthy(name: str) -> Callable[[Any], Any]:
     return lambda args: getattr(args, name, None)
 
 
-def packs(args: Any) -> Any:
+def packs_sequences(args: Any) -> Any:
     """Return whether micro-batches hold packed sequences."""
     return getattr(args, "sft", None) or getattr(args, "dataloader_inter_document_masking", None)
 
@@ -153,14 +143,14 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--sft and --dataloader-inter-document-masking with --context-parallel-size",
-        lambda args: packs(args) and getattr(args, "context_parallel_size", 1) > 1,
+        lambda args: packs_sequences(args) and getattr(args, "context_parallel_size", 1) > 1,
         "splits every document between the ranks, of which each keeps another number of tokens",
         "use --context-parallel-size 1",
     ),
     Refusal(
         "--sft and --dataloader-inter-document-masking with fused RoPE",
         lambda args: (
-            packs(args)
+            packs_sequences(args)
             and getattr(args, "apply_rope_fusion", None)
             and getattr(args, "position_embedding_type", None) == "rope"
         ),
@@ -209,7 +199,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         f"{_GROW} with packed sequences and --moe-aux-loss-coeff",
-        lambda args: _grows(args) and packs(args) and _has_auxiliary_loss(args),
+        lambda args: _grows(args) and packs_sequences(args) and _has_auxiliary_loss(args),
         f"would balance experts {_OVER_A_PASS}",
         _OMIT,
     ),
@@ -231,7 +221,7 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
-def refused(args: Any) -> list[str]:
+def find_refused(args: Any) -> list[str]:
     """Return a sentence for every Megatron feature in use that random-LTD refuses.
 
     Args:
@@ -240,10 +230,10 @@ def refused(args: Any) -> list[str]:
     return [refusal.message for refusal in REFUSALS if refusal.used(args)]
 
 
-def refused_in_model(transformer_config: Any, config: RandomLTDConfig) -> list[str]:
+def find_refused_in_model(transformer_config: Any, config: RandomLTDConfig) -> list[str]:
     """Return the same of a model that is built already."""
     ours = {FLAG_PREFIX + name: getattr(config, name) for name in FIELDS}
-    return refused(SimpleNamespace(**vars(transformer_config), **ours))
+    return find_refused(SimpleNamespace(**vars(transformer_config), **ours))
 
 
 def refuse_command_line(argv: list[str]) -> None:
@@ -255,36 +245,3 @@ def refuse_command_line(argv: list[str]) -> None:
     if any(argument.partition("=")[0] == "--yaml-cfg" for argument in argv):
         refusal = next(refusal for refusal in REFUSALS if refusal.flag == "--yaml-cfg")
         raise ConfigError([refusal.message])
-
-
-def model_from_args(args: Any) -> Model:
-    """Return what Megatron's validated arguments say of the model and its layout."""
-    fp8 = getattr(args, "fp8", None) or getattr(args, "fp4", None)
-    block_scaled = getattr(args, "fp8_recipe", None) == "mxfp8" or getattr(args, "fp4", None)
-    return Model(
-        seq_length=args.seq_length,
-        num_layers=args.num_layers,
-        micro_batch_size=args.micro_batch_size,
-        sequence_parallel_size=args.tensor_model_parallel_size if args.sequence_parallel else 1,
-        context_parallel_size=args.context_parallel_size,
-        pipeline_parallel_size=args.pipeline_model_parallel_size,
-        passes_of_chunk=interleaved_passes(args),
-        row_multiple=(32 if block_scaled else 16) if fp8 else 1,
-        seed=args.seed,
-    )
-
-
-def validate(args: Any) -> Resolved:
-    """Return what a run with Megatron's validated arguments needs.
-
-    Raises:
-        ConfigError: Naming every unsupported feature and every wrong option.
-    """
-    problems = refused(args)
-    try:
-        resolved = resolve(config_from_args(args), model_from_args(args))
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return resolved

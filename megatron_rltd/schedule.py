@@ -121,8 +121,25 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class LayerTokens:
-    """The LayerTokens that training steps consume.
+class Step:
+    """A training step, as `LayerTokenCost.step` makes it.
+
+    Attributes:
+        iteration: From 0.
+        consumed_samples: Of all data-parallel ranks, before the step.
+        kept_tokens: k of its dropped layers.
+        layer_tokens_per_sample: LayerTokens that one of its samples costs.
+    """
+
+    iteration: int
+    consumed_samples: int
+    kept_tokens: int
+    layer_tokens_per_sample: int
+
+
+@dataclass(frozen=True)
+class LayerTokenCost:
+    """What training steps cost in LayerTokens.
 
     Attributes:
         schedule: The kept length; its position counts samples if `ramp_in_samples`, else steps.
@@ -148,6 +165,12 @@ class LayerTokens:
     def position(self, progress: Progress) -> int:
         """Return the schedule's position t of the next step."""
         return progress.samples if self.ramp_in_samples else progress.iteration
+
+    def step(self, iteration: int, consumed_samples: int) -> Step:
+        """Return the step of that iteration, before which so many samples were consumed."""
+        position = self.position(Progress(iteration, consumed_samples))
+        kept = self.schedule.kept_tokens(position)
+        return Step(iteration, consumed_samples, kept, self.per_sample(kept))
 
     def after(self, steps: int, batch_size: int, start: Progress = Progress()) -> Progress:
         """Return where `steps` more steps of `batch_size` samples lead."""

@@ -24,8 +24,8 @@ from arms import ARMS, QUESTIONS
 from megatron_rltd.commands.compare.run_logs import (
     LAYER_TOKENS,
     SAMPLES,
+    LoggedRun,
     Points,
-    Run,
     read_run,
     total_flops,
     validation,
@@ -39,7 +39,7 @@ SECOND_LOSS = "second_loss.txt"  # in a run's folder
 VALIDATION_PARTS = ("validation_a", "validation_b")
 
 
-def validation_losses(run: Run) -> Points:
+def validation_losses(run: LoggedRun) -> Points:
     """Return the losses on the validation set that is evaluated during training."""
     return validation(run)[1]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, installed or not
 
-from megatron_rltd.schedule import LayerTokens, Progress, Schedule
+from megatron_rltd.schedule import LayerTokenCost, Progress, Schedule
 
 SEQ_LENGTH = 256
 NUM_LAYERS = 8
@@ -105,7 +105,7 @@ def schedule(arm: Arm, steps: int) -> Schedule:
 
 def planned(arm: Arm, steps: int) -> Progress:
     """Return where a run of an arm ends."""
-    counted = LayerTokens(schedule(arm, steps), NUM_LAYERS, NUM_DROPPED)
+    counted = LayerTokenCost(schedule(arm, steps), NUM_LAYERS, NUM_DROPPED)
     if arm.budget == LAYER_TOKENS:
         tokens = _layer_tokens_per_layer(arm, steps) * NUM_LAYERS
         return counted.until(lambda run: run.layer_tokens >= tokens, lambda _: BATCH_SIZE)
@@ -138,7 +138,7 @@ def _warm_up_steps(arm: Arm, steps: int) -> int:
     usual = max(1, int(steps * WARM_UP))
     if not arm.long_warm_up:
         return usual
-    counted = LayerTokens(schedule(Arm(RAMPED), steps), NUM_LAYERS, NUM_DROPPED)
+    counted = LayerTokenCost(schedule(Arm(RAMPED), steps), NUM_LAYERS, NUM_DROPPED)
     tokens = usual * BATCH_SIZE * counted.dense
     return counted.until(lambda run: run.layer_tokens >= tokens, lambda _: BATCH_SIZE).iteration
 

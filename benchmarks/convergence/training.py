@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, installed or not
 
 import analysis
+import torch
 from arms import BATCH_SIZE, NUM_LAYERS, SEQ_LENGTH, Arm, flags, planned
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -128,6 +129,8 @@ def launch(run: Path, log_name: str, words: list[str]) -> None:
         KeyboardInterrupt: It was stopped.
     """
     command = [sys.executable, "-m", "megatron_rltd", "pretrain_gpt", *words]
+    if not torch.cuda.is_available():
+        command.append("--cpu")
     command += ["--load", str(run / "checkpoints")]
     with (run / log_name).open("a") as log:
         # A session of its own, so that a terminal's Ctrl-C comes from here only.

@@ -252,8 +252,8 @@ class Trainer:
         with record_function(OPTIMIZER):
             self.model.zero_grad_buffer()
             self._optimizer.zero_grad()
-        self._random_ltd.begin_step(kept - self._least, self._consumed_samples)
-        assert self._random_ltd.kept_tokens == kept
+        step = self._random_ltd.begin_step(kept - self._least, self._consumed_samples)
+        assert step.kept_tokens == kept
         assert micro_batch_size in (size, size * self.joined(kept, samples // size))
         mark("optimizer")
         with passes or contextlib.nullcontext():

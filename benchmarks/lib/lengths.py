@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy
 
 from lib.common import Row
-from megatron_rltd.schedule import LayerTokens, Schedule
+from megatron_rltd.schedule import LayerTokenCost, Schedule
 
 STEPS, RAMP = 100_000, 70_000  # of the schedule; only their quotient matters
 # In units of s/128, the increment of the paper's schedule. Powers of two fill the tiles that a GPU
@@ -49,7 +49,7 @@ def sweep(schedule: Schedule, most: int | None) -> list[int]:
 
 
 def over_schedule(
-    schedule: Schedule, tokens: LayerTokens, cost: Callable[[int], int], rows: Sequence[Row]
+    schedule: Schedule, tokens: LayerTokenCost, cost: Callable[[int], int], rows: Sequence[Row]
 ) -> Row:
     """Return what is saved over a whole schedule, in theory and in time.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rltd.model.token_drop import Run
+from megatron_rltd.model.block import BorrowedRows
 from megatron_rltd.tokens import ops, reference
 
 Layer = Callable[[Tensor], Tensor]
@@ -72,16 +72,16 @@ def random_inputs(hidden: Tensor, layers: int, kept: int) -> Inputs:
     """
     numbers = torch.arange(2, layers + 2, device=hidden.device)
     samples = torch.arange(hidden.size(1), device=hidden.device)
-    drawn = ops.sample(SEED, numbers, samples, hidden.size(0), kept)
+    library = ops.find_library("auto")
+    drawn = ops.sample_positions(library, SEED, numbers, samples, hidden.size(0), kept)
     return Inputs(hidden, numbers, samples, list(drawn))
 
 
 def _run(backend: str, hidden: Tensor, index_sets: Sequence[Tensor], layer: Layer) -> Tensor:
-    ops.use_backend(backend)
-    run = Run()
+    borrowed = BorrowedRows(ops.find_library(backend))
     for number, indices in enumerate(index_sets, start=1):
-        tokens = run.enter(hidden, indices)
-        hidden = run.leave(layer(tokens), last=number == len(index_sets))
+        tokens = borrowed.borrow(hidden, indices)
+        hidden = borrowed.give_back(layer(tokens), last=number == len(index_sets))
     return hidden
 
 
@@ -103,11 +103,11 @@ class _PutAndTake(torch.autograd.Function):
 
 
 def _in_place(hidden: Tensor, index_sets: Sequence[Tensor], layer: Layer) -> Tensor:
-    ops.use_backend("auto")
-    tokens, buffer = ops.split_tokens(hidden, index_sets[0])
+    library = ops.find_library("auto")
+    tokens, buffer = ops.split_tokens(library, hidden, index_sets[0])
     for indices, next_indices in zip(index_sets, index_sets[1:], strict=False):
         tokens, buffer = _PutAndTake.apply(buffer, layer(tokens), indices, next_indices)
-    return ops.merge_tokens(buffer, layer(tokens), index_sets[-1])
+    return ops.merge_tokens(library, buffer, layer(tokens), index_sets[-1])
 
 
 class _GatherTokens(torch.autograd.Function):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lib.moves import DEEPSPEED, DEEPSPEED_LINES, KERNELS, TORCH, Inputs, union_size
 from lib.timing import Call
-from megatron_rltd.model.layer import kept_angles
+from megatron_rltd.model.kept import KeptTokens
+from megatron_rltd.model.layer import gather_angles
 from megatron_rltd.tokens import reference
 
 ROTARY = 128  # d
@@ -79,16 +80,18 @@ def _moving(inputs: Inputs) -> Iterator[tuple[str, dict[str, Timed]]]:
 
 
 def _rotary(inputs: Inputs) -> tuple[str, dict[str, Timed]]:
-    """Rotary angles of the kept tokens' positions, [k, b, 1, d] of [s, 1, 1, d]."""
-    indices = inputs.index_sets[0]
-    angles = torch.randn(inputs.seq_length, 1, 1, ROTARY, device=indices.device)
+    """Rotary angles of the kept tokens' positions in all layers, [k, b, 1, d] of [s, 1, 1, d]."""
+    sets, length = inputs.index_sets, inputs.seq_length
+    angles = torch.randn(length, 1, 1, ROTARY, device=sets[0].device)
+    kept = {number: KeptTokens(i, i, i, length) for number, i in enumerate(sets)}
 
-    def plain() -> Tensor:
-        return reference.gather(angles.squeeze(2).expand(-1, indices.size(0), -1), indices)
+    def one_by_one() -> None:
+        for number, layer in kept.items():
+            gather_angles(angles, {number: layer}, None)
 
-    moved = 2 * indices.numel() * ROTARY * angles.itemsize
-    ours = functools.partial(kept_angles, angles, indices)
-    return "rotary angles", {KERNELS: Timed(ours, moved), TORCH: Timed(plain, moved)}
+    moved = 2 * sum(indices.numel() for indices in sets) * ROTARY * angles.itemsize
+    at_once = functools.partial(gather_angles, angles, kept, None)
+    return "rotary angles", {KERNELS: Timed(at_once, moved), TORCH: Timed(one_by_one, moved)}
 
 
 def _mask(inputs: Inputs) -> tuple[str, dict[str, Timed]]:

@@ -108,6 +108,7 @@ COMMAND=(
 # shellcheck disable=SC2016
 AS_RANK='trap "" TERM INT USR2
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+case " $* " in *" --cpu "*) export CUDA_VISIBLE_DEVICES= ;; esac
 "$@" &
 rank=$!
 pass_on() {

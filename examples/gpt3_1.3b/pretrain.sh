@@ -38,6 +38,7 @@
 #                      a run that will not fit fail in its first minute
 #   GROW_MICRO_BATCH   micro-batches that one pass may take where few tokens are kept (as many as make
 #                      16 samples, for their logits need memory; 1: each its own)
+#   CPU                1: on the CPU, which SCALE=smoke does unless it is 0; GPUs are hidden
 #   SAVE_INTERVAL      iterations between checkpoints (1000)
 #   RETAIN_INTERVAL    and between those that stay when there are newer ones (ten times that)
 #   PRECISION          bf16, fp16 or fp32
@@ -75,8 +76,9 @@ STRATA=${STRATA:-16} SEED=${SEED:-1234}
 TP=${TP:-1} PP=${PP:-1} CP=${CP:-1} SP=${SP:-0} RAMP_ITERS=${RAMP_ITERS:-200000}
 warmup_tokens=3000000000
 
+CPU=${CPU:-$([ "$SCALE" = smoke ] && echo 1 || echo 0)}
 LOSS_FUSION=${LOSS_FUSION:-1} GRADIENT_FUSION=${GRADIENT_FUSION:-}
-for name in SP LAYER_TOKEN_LR LOSS_FUSION GRADIENT_FUSION; do
+for name in SP LAYER_TOKEN_LR CPU LOSS_FUSION GRADIENT_FUSION; do
   [[ ${!name:-0} =~ ^[01]$ ]] || give_up "$name=${!name} is not 0 or 1"
 done
 # Before anything is calculated with them.
@@ -143,6 +145,8 @@ esac
 if [ "$PRECISION$LOSS_FUSION" = bf161 ]; then
   TRAINING_ARGS+=(--cross-entropy-loss-fusion --cross-entropy-fusion-impl native)
 fi
+
+[ "$CPU" = 0 ] || TRAINING_ARGS+=(--cpu)
 
 RANDOM_LTD_ARGS=(
   --random-ltd --random-ltd-min-tokens "$MIN_TOKENS" --random-ltd-increment 16

@@ -1,24 +1,24 @@
-"""``python -m megatron_rltd --check``: what is installed here, and what would be patched."""
+"""``python -m megatron_rltd check``: what is installed here, and what would be replaced."""
 
 import platform
 import sys
-import textwrap
 import warnings
 
 from megatron_rltd import __version__
+from megatron_rltd.commands.text_table import aligned
 from megatron_rltd.patching import mechanism, versions
 
 PACKAGES = ("megatron-core", "transformer-engine", "tensorboard", "matplotlib", "tokenizers")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the report; return 0 if random-LTD can run here and 1 if not."""
     warnings.filterwarnings("ignore")  # Megatron's, of what it does not find on a CPU
     if sys.version_info < (3, 12):  # noqa: UP036  not installed, only found beside a script
         print(f"{sys.executable} is Python {platform.python_version()}; 3.12 or newer is needed")
         return 1
     try:
-        versions.require_installed()
+        versions.check_installed()
     except versions.VersionError as error:
         print(error)
         return 1
@@ -27,6 +27,7 @@ def main() -> int:
     from megatron_rltd.cpu import adapter
     from megatron_rltd.tokens import kernels
     from megatron_rltd.training import patches
+    from megatron_rltd.training.state import Training
 
     rows = [("megatron_rltd", __version__), ("Python", platform.python_version())]
     rows.append(("torch", torch.__version__))
@@ -36,32 +37,23 @@ def main() -> int:
     rows.append(("kernels", kernels.missing_for(device) or f"built for {device.upper()}"))
     rows.append(("Megatron in use", versions.megatron_version()))
     rows.append(("tested with", ", ".join(versions.tested_versions())))
-    _print(rows)
-    problems = versions.problems()
+    print(aligned([list(row) for row in rows]))
+    problems = versions.find_problems()
     no_training = adapter.why_no_training() if adapter.is_needed() else None
     problems += [no_training] if no_training else []
-    print("\nPatched with --random-ltd:")
-    for patch in versions.rows(patches.PATCHES):
-        found = mechanism.check(patch, versions.known())
+    print("\nReplaced with --random-ltd:")
+    tested = versions.tested_fingerprints()
+    for patch in versions.rows_for_release(patches.patches_of(Training())):
+        found = mechanism.find_problems(patch, tested)
         problems += found
         print(
             f"  {'ok     ' if not found else 'PROBLEM'}  {patch.target}\n           {patch.reason}"
         )
     if adapter.is_needed():
-        print("\nPatched to present the CPU to Megatron as its device:")
-        rows_of_cpu = versions.rows(adapter.PATCHES)
-        for reason in dict.fromkeys(patch.reason for patch in rows_of_cpu):
-            text = ", ".join(patch.target for patch in rows_of_cpu if patch.reason == reason)
-            print(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  "))
-            print(f"           {reason}")
+        print("\nReplaced with --cpu, to present the CPU to Megatron as its device:")
+        print(mechanism.describe(versions.rows_for_release(adapter.PATCHES)))
     print("\nOverridden on the attached model's own block and layers, or relied on:")
-    for row in versions.rows(versions.RELIED_ON):
+    for row in versions.rows_for_release(versions.RELIED_ON):
         print(f"  {row.target}")
     print("".join(f"\nPROBLEM: {problem}" for problem in problems) or "\nrandom-LTD can run here.")
     return 1 if problems else 0
-
-
-def _print(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")

@@ -1,12 +1,13 @@
 """Present the CPU to Megatron as its device.
 
-Megatron assumes CUDA. Where no CUDA device exists, `enable` replaces the symbols of the table
-`PATCHES` so that the unmodified training loop runs on the CPU over gloo, under every parallelism,
-with the same arithmetic as on a GPU. It is for laptops and tests; it makes nothing fast.
+Megatron assumes CUDA. Where there is no CUDA device and the CPU is asked for, `enable` replaces the
+symbols of the table `PATCHES` so that the unmodified training loop runs on the CPU over gloo, under
+every parallelism, with the same arithmetic as on a GPU. It is for laptops and tests; it makes
+nothing fast.
 
     from megatron_rltd.cpu import adapter
     with adapter.enabled():          # or: applied = adapter.enable(); ...; applied.revert()
-        ...                      # Megatron
+        ...                          # Megatron
 
 Shapes below: s sequence, b micro batch, n heads, d head size, c context-parallel size.
 """
@@ -24,10 +25,11 @@ from typing import Any
 import torch
 from torch.utils import _device
 
+from megatron_rltd.config import RankConfigError
 from megatron_rltd.cpu import modules
 from megatron_rltd.cpu.modules import CPU, Stream
 from megatron_rltd.patching import versions
-from megatron_rltd.patching.mechanism import Applied, Patch, apply
+from megatron_rltd.patching.mechanism import AppliedPatches, Patch, apply
 
 # What Megatron asks of a device: the compute capability, for decisions that a CPU does not mind.
 PROPERTIES = types.SimpleNamespace(name="cpu", major=9, minor=0, multi_processor_count=1)
@@ -118,7 +120,10 @@ def _set_arguments(original):
 
     @functools.wraps(original)
     def validate_args(args, *rest, **kwargs):
-        set_arguments(args)
+        changed = set_arguments(args)
+        if changed and int(os.environ.get("RANK", "0")) == 0:
+            text = f"for the CPU these arguments of Megatron's are changed: {', '.join(changed)}"
+            print(f"megatron_rltd: {text}", flush=True)
         return original(args, *rest, **kwargs)
 
     return validate_args
@@ -185,7 +190,7 @@ PATCHES: tuple[Patch, ...] = (
     _torch_cuda("set_rng_state", _is(lambda s, device=None: torch.set_rng_state(s)), _RNG),
     Patch(f"{_RANDOM}:_get_cuda_rng_state", _is(lambda *a, **k: torch.get_rng_state()), _RNG),
     Patch(f"{_RANDOM}:_set_cuda_rng_state", _is(lambda s, *a, **k: torch.set_rng_state(s)), _RNG),
-    Patch("torch.utils.data:DataLoader.__iter__", modules.data_loader_iter, _RNG),
+    Patch("torch.utils.data.dataloader:DataLoader.__iter__", modules.data_loader_iter, _RNG),
     Patch(
         "megatron.training.training:initialize_megatron",
         _allow_no_cuda,
@@ -282,7 +287,7 @@ PATCHES: tuple[Patch, ...] = (
 )
 
 
-def enable() -> Applied:
+def enable() -> AppliedPatches:
     """Make the CPU Megatron's device in this process.
 
     Sets two environment variables if they are unset: ``CUDA_DEVICE_MAX_CONNECTIONS=1``, which
@@ -290,11 +295,16 @@ def enable() -> Applied:
     functions for a CPU costs more than it gives.
 
     Raises:
-        RuntimeError: A CUDA device is available.
+        RankConfigError: A CUDA device is available.
         PatchError: A symbol of `PATCHES` is missing or different.
     """
     if not is_needed():
-        raise RuntimeError("the CPU device is only for machines without a CUDA device")
+        raise RankConfigError(
+            [
+                "the CPU is Megatron's device only where there is no CUDA device: omit --cpu, or "
+                "hide the GPUs with CUDA_VISIBLE_DEVICES="
+            ]
+        )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Megatron says at import that it found neither Transformer Engine nor Apex; here it never does.
@@ -305,7 +315,7 @@ def enable() -> Applied:
     # torch remembers, at its first use, which functions `torch.device("meta")` is to act on: these
     # must be its own, for ours call them.
     _device._device_constructors()
-    return apply(versions.rows(PATCHES))
+    return apply(versions.rows_for_release(PATCHES))
 
 
 def _not_about_rng(record: logging.LogRecord) -> bool:
@@ -313,7 +323,7 @@ def _not_about_rng(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def enabled() -> Iterator[Applied]:
+def enabled() -> Iterator[AppliedPatches]:
     """`enable` for the length of a with-statement."""
     applied = enable()
     try:

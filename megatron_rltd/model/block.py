@@ -1,28 +1,147 @@
-"""How a TransformerBlock takes one micro-batch through its layers.
+"""The plan of one forward pass through a TransformerBlock, and the rows that its layers borrow.
 
-Where runs of dropped layers end, and which layers are checkpointed one by one around their kept
-tokens instead of by the block around the whole hidden states.
+The plan is made when the block's forward starts and travels with the pass: what each layer keeps,
+where real hidden states are needed in between, which layers are checkpointed one by one around
+their kept tokens instead of by the block around the whole hidden states.
+
+The hidden state stays where it is; layers borrow rows of it and give them back.
+
+    H ── split ──> x ─ layer i ─> y ── exchange ──> x' ─ layer i+1 ─> y' ── merge ──> H'
+           └─────> buffer ─────────────────┴───────────> buffer ──────────────┘
+
+Shapes: s sequence length on this rank, b micro batch, h hidden size, k kept tokens on this rank.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from itertools import zip_longest
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_rltd.model.layer import KeptTokens, forward
+from megatron_rltd.model.kept import KeptTokens
+from megatron_rltd.tokens.ops import exchange_tokens, merge_tokens, split_tokens
+
+
+class ModelError(RuntimeError):
+    """A model is not one in whose layers tokens can be dropped."""
+
+
+class BorrowedRows:
+    """The rows that neighbouring dropped layers borrow, between two of them.
+
+    Use `borrow` and `give_back` in turn, once for each layer; `give_back` with ``last=True`` ends
+    the row of neighbours, after which a new one may begin. In between the caller holds the private
+    buffer in the place of the hidden states: rows that the last layer kept are arbitrary in it.
+    Nobody else may look at it or keep it.
+    """
+
+    def __init__(self, library: Any) -> None:
+        """Begin with nothing borrowed.
+
+        Args:
+            library: Of `megatron_rltd.tokens.ops.find_library`.
+        """
+        self._library = library
+        self._buffer: Tensor | None = None
+        self._tokens: Tensor | None = None
+        self._indices: Tensor | None = None
+
+    def borrow(self, hidden_states: Tensor, indices: Tensor) -> Tensor:
+        """Return the rows that the next layer keeps, [k, b, h].
+
+        Args:
+            hidden_states: [s, b, h]: the real ones if nothing is borrowed, otherwise exactly what
+                the previous `give_back` returned.
+            indices: [b, k] int32, rows on this rank.
+
+        Raises:
+            RuntimeError: Something replaced the buffer between two layers.
+        """
+        if self._buffer is None or self._indices is None:
+            tokens, self._buffer = split_tokens(self._library, hidden_states, indices)
+        elif hidden_states is not self._buffer or self._tokens is None:
+            raise RuntimeError(
+                "random-LTD: something replaced the hidden states between two dropped layers; "
+                "choose --random-ltd-layers so that they are not neighbours"
+            )
+        else:
+            tokens, self._buffer = exchange_tokens(
+                self._library, self._buffer, self._tokens, self._indices, indices
+            )
+            self._tokens = None
+        self._indices = indices
+        return tokens
+
+    def give_back(self, tokens: Tensor, last: bool) -> Tensor:
+        """Take a layer's output [k, b, h]; return what stands for the hidden states, [s, b, h].
+
+        Args:
+            last: Whether no neighbour follows; only then the result is the real hidden states.
+        """
+        assert self._buffer is not None and self._indices is not None
+        if not last:
+            self._tokens = tokens
+            return self._buffer
+        hidden_states = merge_tokens(self._library, self._buffer, tokens, self._indices)
+        self._buffer = self._indices = None
+        return hidden_states
+
+
+class LayerPlan(PackedSeqParams):
+    """What the layers of one block need to know of one forward pass.
+
+    It reaches them in the place of ``packed_seq_params``, the one argument that
+    ``TransformerBlock`` hands to them untouched both in forward and in recomputation; so it is one,
+    with the attributes of the block's own.
+
+    Attributes:
+        packed_seq_params: The block's own argument or None, for the layers that do not drop.
+        kept: Layer number to its kept tokens; a layer that is absent processes all.
+        ends: Numbers of the dropped layers that give back real hidden states.
+        recomputed: Numbers of the layers to checkpoint here, around the kept tokens only.
+        rotary: The block's own ``rotary_pos_emb``, if `angles` holds what is made of it.
+        angles: Layer number to the kept tokens' ``rotary_pos_emb``.
+        library: What implements the ops.
+        borrowed: The rows that are on loan between two layers.
+    """
+
+    def __init__(
+        self,
+        packed_seq_params: PackedSeqParams | None,
+        kept: dict[int, KeptTokens],
+        ends: frozenset[int],
+        recomputed: frozenset[int],
+        library: Any,
+    ):
+        # Not through the base class, which would compute something of the packed sequences anew.
+        for field in dataclasses.fields(PackedSeqParams):
+            setattr(self, field.name, getattr(packed_seq_params, field.name, field.default))
+        self.packed_seq_params = packed_seq_params
+        self.kept = kept
+        self.ends = ends
+        self.recomputed = recomputed
+        self.rotary: Any = None
+        self.angles: dict[int, Any] = {}
+        self.library = library
+        self.borrowed = BorrowedRows(library)
 
 
 def check_layers(block: Any) -> None:
-    """Raise RuntimeError unless every layer of a block is a transformer layer not yet attached."""
+    """Check that every layer of a block is a transformer layer not yet attached.
+
+    Raises:
+        ModelError: One is not.
+    """
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     if "forward" in vars(block):
-        raise RuntimeError("random-LTD: this model is attached already")
+        raise ModelError("random-LTD: this model is attached already")
     for layer in block.layers:
         if not isinstance(layer, TransformerLayer):
-            raise RuntimeError(
+            raise ModelError(
                 f"random-LTD: layer {layer.layer_number} is a {type(layer).__name__}, not a "
                 "TransformerLayer"
             )
@@ -63,11 +182,11 @@ def plan_angles(
 ) -> bool:
     """Decide whether the rotary angles of all dropped layers are gathered at once.
 
-    That is one gather for a micro-batch instead of one for each layer, and each layer's angles
-    last as long as any's. Where layers are recomputed they last until then, beside the hidden
-    states of the kept tokens; that is done if both together take no more memory than the hidden
-    states of all tokens would, so that a step that drops nothing still needs the most. Else each
-    layer gathers its own, and gathers them again in recomputation.
+    That is one gather for a pass instead of one for each layer, and each layer's angles last as
+    long as any's. Where layers are recomputed they last until then, beside the hidden states of the
+    kept tokens; that is done if both together take no more memory than the hidden states of all
+    tokens would, so that a step that drops nothing still needs the most. Else each layer gathers
+    its own, and gathers them again in recomputation.
 
     Args:
         rotary: The block's ``rotary_pos_emb``: None, angles or a tuple of them.
@@ -86,7 +205,7 @@ def plan_angles(
     return angles <= dropped_rows * batch * width * hidden_states.itemsize
 
 
-def plan_run_ends(
+def plan_ends(
     block: Any, dropped: set[int], extracted: Iterable[int], grouped: bool
 ) -> frozenset[int]:
     """Return the dropped layers after which the hidden states must be the real ones.
@@ -111,7 +230,8 @@ def plan_run_ends(
 
 def _is_watched(layer: torch.nn.Module) -> bool:
     """Return whether something other than Megatron's own hooks sees a layer's input or output."""
-    if getattr(layer.forward, "func", None) is not forward:
+    forward = getattr(layer.forward, "func", None)
+    if getattr(forward, "__module__", "") != "megatron_rltd.model.layer":
         return True  # replaced since `attach`, by a profiler say
     hooks = [
         *layer._forward_hooks.values(),

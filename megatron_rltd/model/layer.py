@@ -1,8 +1,7 @@
 """One Megatron transformer layer on kept tokens: sub-sample its arguments and call it.
 
-The layer itself is Megatron's, whole. `MicroBatch` says what each layer of a block keeps of one
-micro-batch; it reaches the layers in the place of ``packed_seq_params``, the one argument that
-``TransformerBlock`` hands to them untouched both in forward and in recomputation.
+The layer itself is Megatron's, whole. A `block.LayerPlan` says what each layer of a block keeps of
+one forward pass.
 
 Shapes: s sequence length, b micro batch, h hidden size, d rotary size, k kept tokens,
 c context-parallel size.
@@ -10,95 +9,52 @@ c context-parallel size.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_rltd.model.block import LayerPlan
+from megatron_rltd.model.kept import KeptTokens
 from megatron_rltd.model.packed import kept_packed_angles, kept_packed_seq_params
-from megatron_rltd.model.token_drop import Run
-from megatron_rltd.tokens.ops import gather_tokens, select_mask
+from megatron_rltd.tokens.ops import select_mask
 
 
-@dataclass(frozen=True)
-class KeptTokens:
-    """What one layer keeps of a micro-batch. All int32 and ascending in each row.
-
-    Attributes:
-        rows: [b, k on this rank], rows of this rank's hidden states.
-        local: [b, k/c], positions in the part of the sequence that the context-parallel rank
-            holds, in its own order; all of its tensor-parallel ranks'.
-        positions: [b, k], positions in the whole sequence.
-        length: Tokens of that sequence.
-
-    Packed samples, laid end to end, are one sequence here: b is 1, k and length are of all.
-    """
-
-    rows: Tensor
-    local: Tensor
-    positions: Tensor
-    length: int
-
-
-@dataclass
-class MicroBatch:
-    """What the layers of one block need to know of one micro-batch.
-
-    Attributes:
-        packed_seq_params: The block's own argument, for the layers that are not dropped.
-        kept: Layer number to its kept tokens; a layer that is absent processes all.
-        run_ends: Numbers of the dropped layers that give back real hidden states.
-        recomputed: Numbers of the layers to checkpoint here, around the kept tokens only.
-        rotary: The block's own ``rotary_pos_emb``, if `angles` holds what is made of it.
-        angles: Layer number to the kept tokens' ``rotary_pos_emb``.
-        run: The open run, if the last dropped layer was none of `run_ends`.
-    """
-
-    packed_seq_params: Any
-    kept: dict[int, KeptTokens]
-    run_ends: frozenset[int]
-    recomputed: frozenset[int] = frozenset()
-    rotary: Any = None
-    angles: dict[int, Any] = field(default_factory=dict)
-    run: Run = field(default_factory=Run)
-
-
-def forward(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """Run a layer as its block called it, on kept tokens if its micro-batch says so.
+def run_layer(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """Run a layer as its block called it, on kept tokens if a plan says so.
 
     Args:
         layer: A ``TransformerLayer``.
         original: Its own forward.
-        args, kwargs: What the block passes; ``packed_seq_params`` may be a `MicroBatch`.
+        args, kwargs: What the block passes; ``packed_seq_params`` may be a `LayerPlan`.
 
     Returns:
         What the layer returns: (hidden states [s, b, h], context).
 
     Source: ``megatron/core/transformer/transformer_block.py:TransformerBlock.forward``.
     """
-    micro_batch = kwargs.get("packed_seq_params")
-    if not isinstance(micro_batch, MicroBatch):
+    plan = kwargs.get("packed_seq_params")
+    if not isinstance(plan, LayerPlan):
         return original(*args, **kwargs)
-    kwargs["packed_seq_params"] = micro_batch.packed_seq_params
+    kwargs["packed_seq_params"] = plan.packed_seq_params
     if args:
         raise RuntimeError("random-LTD: a block must call its layers with keyword arguments")
     hidden_states = kwargs.pop("hidden_states")
-    kept = micro_batch.kept.get(layer.layer_number)
+    kept = plan.kept.get(layer.layer_number)
     if kept is not None:
-        hidden_states = micro_batch.run.enter(hidden_states, kept.rows)
+        hidden_states = plan.borrowed.borrow(hidden_states, kept.rows)
 
     def run(hidden_states: Tensor) -> tuple[Tensor, Any]:
         # Masks of the kept tokens are made anew in recomputation: kept for backward, they could
         # outweigh the hidden states that are not stored. Angles: `block.plan_angles`.
         arguments = kwargs
         if kept is not None:
-            is_ready = kwargs.get("rotary_pos_emb") is micro_batch.rotary
-            angles = micro_batch.angles.get(layer.layer_number) if is_ready else None
-            arguments = subsample(kwargs, kept, angles)
+            is_ready = kwargs.get("rotary_pos_emb") is plan.rotary
+            angles = plan.angles.get(layer.layer_number) if is_ready else None
+            arguments = subsample(kwargs, kept, plan.library, angles)
         return original(hidden_states=hidden_states, **arguments)
 
-    if layer.layer_number in micro_batch.recomputed:
+    if layer.layer_number in plan.recomputed:
         from megatron.core import tensor_parallel
 
         distribute = layer.config.distribute_saved_activations
@@ -106,7 +62,7 @@ def forward(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> tuple[
     else:
         tokens, context = run(hidden_states)
     if kept is not None:
-        tokens = micro_batch.run.leave(tokens, layer.layer_number in micro_batch.run_ends)
+        tokens = plan.borrowed.give_back(tokens, layer.layer_number in plan.ends)
     return tokens, context
 
 
@@ -144,52 +100,45 @@ def check_arguments(arguments: dict[str, Any], config: Any) -> None:
         raise RuntimeError(f"random-LTD: {what} and fused rotary embeddings: --no-rope-fusion")
 
 
-def subsample(arguments: dict[str, Any], kept: KeptTokens, angles: Any = None) -> dict[str, Any]:
+def subsample(
+    arguments: dict[str, Any], kept: KeptTokens, library: Any, angles: Any = None
+) -> dict[str, Any]:
     """Return a layer's arguments, but for the hidden states, as they are for the kept tokens.
 
     Args:
+        library: What implements the ops.
         angles: What ``rotary_pos_emb`` becomes, if it is known already.
     """
     result = dict(arguments)
     packed = arguments.get("packed_seq_params")
     if packed is not None:
         result["packed_seq_params"] = kept_packed_seq_params(packed, kept.positions, kept.length)
-
-    def kept_rotary(angles: Tensor) -> Tensor:
-        if packed is not None:
-            return kept_packed_angles(angles, packed, kept.positions, kept.length)
-        return kept_angles(angles, kept.local)
-
-    if angles is None:
-        angles = _of_each(arguments.get("rotary_pos_emb"), kept_rotary)
-    if angles is not None:
+    if arguments.get("rotary_pos_emb") is not None:
+        if angles is None:
+            angles = gather_angles(arguments["rotary_pos_emb"], {0: kept}, packed)[0]
         result["rotary_pos_emb"] = angles
     if arguments.get("attention_mask") is not None:
-        result["attention_mask"] = kept_mask(arguments["attention_mask"], kept)
+        result["attention_mask"] = kept_mask(arguments["attention_mask"], kept, library)
     if arguments.get("padding_mask") is not None:
-        result["padding_mask"] = kept_padding(arguments["padding_mask"], kept)
+        result["padding_mask"] = kept_padding(arguments["padding_mask"], kept, library)
     return result
 
 
-def _of_each(rotary: Any, function: Callable) -> Any:
-    """Apply a function to ``rotary_pos_emb``: angles, or a tuple of queries' and keys' (or local
-    and global) angles, some of which may be None.
-    """
-    if isinstance(rotary, (tuple, list)):
-        return tuple(None if angles is None else function(angles) for angles in rotary)
-    return None if rotary is None else function(rotary)
-
-
-def angles_of_layers(rotary: Any, kept: dict[int, KeptTokens], packed: Any) -> dict[int, Any]:
+def gather_angles(rotary: Any, kept: dict[int, KeptTokens], packed: Any) -> dict[int, Any]:
     """Return what ``rotary_pos_emb`` is for the kept tokens of every layer, gathered at once.
 
+    Kept tokens have the angles of their true positions. Not differentiable: angles are no weights.
+
     Args:
-        rotary: The block's ``rotary_pos_emb``, as `subsample` takes it.
+        rotary: The block's ``rotary_pos_emb``: angles [s/c, 1 or b, 1, d] (packed: see
+            `packed.kept_packed_angles`), or a tuple of queries' and keys' (or local and global)
+            angles, some of which may be None.
         kept: Layer number to its kept tokens.
-        packed: Its ``PackedSeqParams`` or None.
+        packed: The block's ``PackedSeqParams`` or None.
 
     Returns:
-        Layer number to what `subsample` makes of it, views of one tensor.
+        Layer number to the same with [k/c, b, 1, d]: one set of angles for each sample, or
+        [k/c, 1, 1, d] if the samples keep the same tokens. Views of one tensor.
     """
     layers = list(kept.values())
     gathered: dict[int, Tensor] = {}
@@ -212,45 +161,37 @@ def angles_of_layers(rotary: Any, kept: dict[int, KeptTokens], packed: Any) -> d
         return gathered[id(angles)][number]
 
     return {
-        name: _of_each(rotary, functools.partial(of_layer, number))
+        name: _map_angles(rotary, functools.partial(of_layer, number))
         for number, name in enumerate(kept)
     }
 
 
-def kept_angles(angles: Tensor, local: Tensor) -> Tensor:
-    """Return the rotary angles of the kept tokens' true positions.
-
-    Args:
-        angles: [s/c, 1 or b, 1, d].
-        local: [b or 1, k/c].
-
-    Returns:
-        [k/c, b, 1, d]: one set of angles for each sample, or [k/c, 1, 1, d] if the samples keep
-        the same tokens.
-    """
-    batch = max(angles.size(1), local.size(0))
-    table = angles.squeeze(2).expand(-1, batch, -1)
-    return gather_tokens(table, local.expand(batch, -1)).unsqueeze(2)
+def _map_angles(rotary: Any, function: Callable) -> Any:
+    if isinstance(rotary, (tuple, list)):
+        return tuple(None if angles is None else function(angles) for angles in rotary)
+    return function(rotary)
 
 
-def kept_mask(mask: Tensor, kept: KeptTokens) -> Tensor:
+def kept_mask(mask: Tensor, kept: KeptTokens, library: Any) -> Tensor:
     """Return the rows and columns of an attention mask that belong to kept tokens.
 
     Args:
         mask: Bool, True where masked: [b or 1, 1, s/c or 1, s].
+        library: What implements the ops.
 
     Returns:
         [b, 1, k/c or 1, k].
     """
     batch = max(kept.positions.size(0), mask.size(0))
     mask = mask.expand(batch, -1, -1, -1)
-    return select_mask(mask, kept.local.expand(batch, -1), kept.positions.expand(batch, -1))
+    rows, columns = (index.expand(batch, -1) for index in (kept.local, kept.positions))
+    return select_mask(library, mask, rows, columns)
 
 
-def kept_padding(mask: Tensor, kept: KeptTokens) -> Tensor:
+def kept_padding(mask: Tensor, kept: KeptTokens, library: Any) -> Tensor:
     """Return the columns of a padding mask [b, s on this rank] that belong to kept tokens."""
     columns = kept.rows.expand(mask.size(0), -1)
-    return select_mask(mask[:, None, None], columns, columns)[:, 0, 0]
+    return select_mask(library, mask[:, None, None], columns, columns)[:, 0, 0]
 
 
 def fused_rotary(original: Callable, t: Tensor, freqs: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,20 +15,6 @@ import torch
 from torch import Tensor
 
 
-def flatten_samples(positions: Tensor, samples: int, seq_length: int) -> Tensor:
-    """Return kept positions of samples as positions in the row that holds them end to end.
-
-    Args:
-        positions: [l, b or 1, k] int32, for l layers.
-        samples: b.
-
-    Returns:
-        [l, 1, b * k] int32, ascending.
-    """
-    first = torch.arange(samples, dtype=torch.int32, device=positions.device) * seq_length
-    return (positions + first[:, None]).flatten(1)[:, None]
-
-
 def kept_packed_seq_params(packed: Any, positions: Tensor, length: int) -> Any:
     """Return the ``PackedSeqParams`` of the kept tokens.
 

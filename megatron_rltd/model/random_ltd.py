@@ -12,6 +12,7 @@ only; nothing is patched globally, no module is added and no parameter renamed. 
 everything outside a step run at full length.
 """
 
+import collections
 import contextlib
 import functools
 import inspect
@@ -21,25 +22,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rltd import layer as dropped_layer
 from megatron_rltd.config import (
     ConfigError,
-    Model,
+    ModelFacts,
     RandomLTDConfig,
-    Resolved,
+    ResolvedConfig,
     flag,
-    interleaved_passes,
     resolve,
 )
 from megatron_rltd.model import routers
-from megatron_rltd.model.block import check_layers, plan_angles, plan_recomputation, plan_run_ends
-from megatron_rltd.model.layer import KeptTokens, MicroBatch
-from megatron_rltd.model.packed import flatten_samples
+from megatron_rltd.model.block import (
+    LayerPlan,
+    ModelError,
+    check_layers,
+    plan_angles,
+    plan_ends,
+    plan_recomputation,
+)
+from megatron_rltd.model.kept import Pass, draw_kept
+from megatron_rltd.model.layer import check_arguments, gather_angles, run_layer
 from megatron_rltd.patching import versions
-from megatron_rltd.refusals import refused_in_model
-from megatron_rltd.schedule import Progress
+from megatron_rltd.refusals import find_refused_in_model
+from megatron_rltd.schedule import Step
 from megatron_rltd.tokens import kernels, ops
-from megatron_rltd.tokens.shards import context_parallel_strata, sequence_parallel_strata
+from megatron_rltd.tokens.shards import cached_on_device
 
 
 class RandomLTD:
@@ -47,20 +53,29 @@ class RandomLTD:
 
     Attributes:
         config: What the user asked for.
+        step: The step that has begun and not ended; None between steps.
     """
 
-    def __init__(self, config: RandomLTDConfig, resolved: Resolved | None = None):
+    def __init__(self, config: RandomLTDConfig, resolved: ResolvedConfig | None = None):
+        """Choose what implements the ops.
+
+        Args:
+            resolved: What the config means for the model, if it is known before there is one.
+
+        Raises:
+            ConfigError: There is nothing of the kind that ``config.backend`` asks for.
+        """
         self.config = config
+        self.step: Step | None = None
         self._resolved = resolved
-        self._kept_tokens: int | None = None
-        self._in_step = False
-        self._consumed_samples = 0
         self._micro_batch: int | None = None
-        self._pass = (1, 0)  # micro-batches of the run in a pass, and samples of each
+        self._passes: collections.Counter[int] = collections.Counter()  # of this step, by block
+        self._joined = (1, 0)  # micro-batches of the run in a pass, and samples of each
         self._blocks: list[Any] = []
         self._routers: list[Any] = []
+        self._on_device = cached_on_device()
         try:
-            ops.use_backend(config.backend)
+            self._library = ops.find_library(config.backend)
         except ValueError as error:
             way_out = f"or use {flag('backend')} auto"
             raise ConfigError(
@@ -68,16 +83,11 @@ class RandomLTD:
             ) from error
 
     @property
-    def resolved(self) -> Resolved:
+    def resolved(self) -> ResolvedConfig:
         """What the config means for the model that is attached."""
         if self._resolved is None:
             raise RuntimeError("random-LTD: attach a model first")
         return self._resolved
-
-    @property
-    def kept_tokens(self) -> int:
-        """k of the current step, or of the last one between steps; s before the first."""
-        return self.resolved.model.seq_length if self._kept_tokens is None else self._kept_tokens
 
     def attach(self, model: Any, seq_length: int | None = None, seed: int = 1234) -> "RandomLTD":
         """Make the decoder (BERT: encoder) layers of a model drop tokens.
@@ -91,21 +101,22 @@ class RandomLTD:
         Raises:
             ConfigError: The config does not fit the model, or the model uses something that
                 random-LTD refuses.
-            RuntimeError: There is no such model, it is attached already, or Megatron's version
-                is not one that random-LTD was tested with.
+            ModelError: There is no such model, or it is attached already.
+            VersionError: Megatron's version is not one that random-LTD was tested with.
         """
-        versions.require(versions.problems())
+        versions.check_versions(versions.find_problems())
         models = list(_language_models(model if isinstance(model, (list, tuple)) else [model]))
         if not models:
-            raise RuntimeError("random-LTD: there is no GPTModel or BertModel to drop tokens in")
+            raise ModelError("random-LTD: there is no GPTModel or BertModel to drop tokens in")
         blocks = [m.decoder if hasattr(m, "decoder") else m.encoder for m in models]
-        problems = [p for block in blocks for p in refused_in_model(block.config, self.config)]
+        problems = [
+            problem for b in blocks for problem in find_refused_in_model(b.config, self.config)
+        ]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
         if self._resolved is None:
-            facts = _model_facts(
-                blocks[0].config, seq_length or models[0].max_sequence_length, seed
-            )
+            seq_length = seq_length or models[0].max_sequence_length
+            facts = ModelFacts.of(blocks[0].config, seq_length=seq_length, seed=seed)
             self._resolved = resolve(self.config, facts)
         dropped = set(self.resolved.dropped_layers)
         blocks = [b for b in blocks if any(n.layer_number in dropped for n in b.layers)]
@@ -114,14 +125,14 @@ class RandomLTD:
         if self.config.backend != "torch":
             kernels.warn_if_missing(next(blocks[0].parameters()).device.type if blocks else "cpu")
         for block in blocks:
-            _override(block, functools.partial(self._block_forward, block, block.forward))
+            _override(block, functools.partial(self._run_block, block, block.forward))
             for layer in block.layers:
-                _override(layer, functools.partial(dropped_layer.forward, layer, layer.forward))
+                _override(layer, functools.partial(run_layer, layer, layer.forward))
         self._blocks += blocks
         if self.config.grow_micro_batch > 1:
             self._routers += [router for m in models for router in routers.routers_of(m)]
             for router in self._routers:
-                routers.balance_each(router, lambda: self._pass)
+                routers.balance_each(router, lambda: self._joined)
         return self
 
     def detach(self) -> None:
@@ -133,8 +144,8 @@ class RandomLTD:
             routers.undo(router)
         self._blocks, self._routers = [], []
 
-    def begin_step(self, iteration: int, consumed_samples: int) -> None:
-        """Start a training step.
+    def begin_step(self, iteration: int, consumed_samples: int) -> Step:
+        """Begin a training step, and return what it keeps and costs.
 
         Args:
             iteration: From 0.
@@ -142,13 +153,10 @@ class RandomLTD:
 
         Parallelism: All ranks must call it with equal values.
         """
-        position = self.resolved.layer_tokens.position(Progress(iteration, consumed_samples))
-        self._kept_tokens = self.resolved.schedule.kept_tokens(position)
-        self._consumed_samples = consumed_samples
+        self.step = self.resolved.layer_tokens.step(iteration, consumed_samples)
         self._micro_batch = None
-        for block in self._blocks:
-            block.layers[0].current_microbatch = None  # of the last step, or of an evaluation
-        self._in_step = True
+        self._passes.clear()
+        return self.step
 
     def begin_micro_batch(self, index: int) -> None:
         """Say which micro-batch of the step, from 0, the next forward pass is of.
@@ -158,15 +166,27 @@ class RandomLTD:
         """
         self._micro_batch = index
 
+    def end_step(self) -> Step:
+        """End the training step and return it; until the next one nothing is dropped."""
+        if self.step is None:
+            raise RuntimeError("random-LTD: no step has begun")
+        step, self.step = self.step, None
+        return step
+
+    @property
+    def is_dropping(self) -> bool:
+        """Whether a forward pass in training mode would drop tokens now."""
+        return self.step is not None and self.step.kept_tokens < self.resolved.model.seq_length
+
     def micro_batches_per_pass(self, num_micro_batches: int) -> int:
-        """Return how many of a step's micro-batches one pass of this step takes.
+        """Return how many of a step's micro-batches one pass of the current step takes.
 
         Args:
             num_micro_batches: Of the step.
         """
-        if not self.is_dropping:
+        if self.step is None or not self.is_dropping:
             return 1
-        return self.resolved.micro_batches_per_pass(self.kept_tokens, num_micro_batches)
+        return self.resolved.micro_batches_per_pass(self.step.kept_tokens, num_micro_batches)
 
     @contextlib.contextmanager
     def joining(self, count: int, micro_batch_size: int) -> Iterator[None]:
@@ -174,166 +194,75 @@ class RandomLTD:
 
         `begin_micro_batch` then counts passes. See `megatron_rltd.model.micro_batches`.
         """
-        self._pass = (count, micro_batch_size)
+        self._joined = (count, micro_batch_size)
         try:
             yield
         finally:
-            self._pass = (1, 0)
+            self._joined = (1, 0)
 
-    def end_step(self) -> None:
-        """End a training step: until the next one nothing is dropped."""
-        self._in_step = False
-
-    @property
-    def is_dropping(self) -> bool:
-        """Whether a forward pass in training mode would drop tokens now."""
-        return self._in_step and self.kept_tokens < self.resolved.model.seq_length
-
-    def _block_forward(self, block: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Run a TransformerBlock with what its layers keep of this micro-batch."""
-        if not (block.training and self.is_dropping):
+    def _run_block(self, block: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Run a TransformerBlock with a plan of what its layers keep of this pass."""
+        if self.step is None or not (block.training and self.is_dropping):
             return original(*args, **kwargs)
-        call = _signature(block.__class__).bind(block, *args, **kwargs).arguments
-        hidden_states = call["hidden_states"] if block.pre_process else block.input_tensor
-        micro_batch = self._micro_batch_of(block, hidden_states, call)
-        kwargs = {**kwargs, "packed_seq_params": micro_batch}
+        call = _signature(block.__class__).bind(block, *args, **kwargs)
+        arguments = call.arguments
+        hidden_states = arguments["hidden_states"] if block.pre_process else block.input_tensor
+        plan = arguments["packed_seq_params"] = self._plan(
+            block, self.step, hidden_states, arguments
+        )
         config = block.config
-        if not micro_batch.recomputed:
-            return original(*args, **kwargs)
+        if not plan.recomputed:
+            return original(*call.args[1:], **call.kwargs)
         # Layers checkpoint themselves around the kept tokens, so the block must not do it around
         # them. The config is the only place where it looks.
         granularity, config.recompute_granularity = config.recompute_granularity, None
         try:
-            return original(*args, **kwargs)
+            return original(*call.args[1:], **call.kwargs)
         finally:
             config.recompute_granularity = granularity
 
-    def _micro_batch_of(self, block: Any, hidden_states: Tensor, call: dict) -> MicroBatch:
-        dropped_layer.check_arguments(call, block.config)
-        dropped = [n.layer_number for n in block.layers]
-        dropped = [n for n in dropped if n in self.resolved.dropped_layers]
-        packed = call.get("packed_seq_params")
-        kept = self._kept(block, dropped, hidden_states, packed is not None)
+    def _plan(
+        self, block: Any, step: Step, hidden_states: Tensor, arguments: dict[str, Any]
+    ) -> LayerPlan:
+        check_arguments(arguments, block.config)
+        numbers = (layer.layer_number for layer in block.layers)
+        dropped = tuple(n for n in numbers if n in self.resolved.dropped_layers)
+        packed, rotary = arguments.get("packed_seq_params"), arguments.get("rotary_pos_emb")
+        kept = draw_kept(
+            self.resolved,
+            self._library,
+            step,
+            Pass(self._pass_index(block), self._joined[0]),
+            dropped,
+            hidden_states,
+            packed is not None,
+            block.pg_collection,
+            self._on_device,
+        )
         recomputed, grouped = plan_recomputation(block, kept, hidden_states.size(0))
-        ends = plan_run_ends(block, set(dropped), call.get("extract_layer_indices") or (), grouped)
-        micro_batch = MicroBatch(packed, kept, ends, recomputed)
-        rotary = call.get("rotary_pos_emb")
+        extracted = arguments.get("extract_layer_indices") or ()
+        ends = plan_ends(block, set(dropped), extracted, grouped)
+        plan = LayerPlan(packed, kept, ends, recomputed, self._library)
         # Megatron recomputes groups with copies of the arguments, of which nothing is known here.
         if not grouped and plan_angles(rotary, kept, hidden_states, bool(recomputed)):
-            micro_batch.rotary = rotary
-            micro_batch.angles = dropped_layer.angles_of_layers(rotary, kept, packed)
-        return micro_batch
+            plan.rotary = rotary
+            plan.angles = gather_angles(rotary, kept, packed)
+        return plan
 
-    def _samples(self, block: Any, batch: int, device: torch.device) -> Tensor:
-        """Return the global indices of the samples of a pass, [batch] int64.
-
-        Megatron's order: micro-batch by micro-batch, in each the data-parallel ranks in turn
-        (``megatron/training/datasets/data_samplers.py:MegatronPretrainingSampler``). Only the first
-        of each micro-batch if all its samples keep the same tokens.
-        """
-        from megatron.core.utils import get_pg_rank, get_pg_size
-
-        index = self._micro_batch
-        if index is None:
-            index = getattr(block.layers[0], "current_microbatch", None)
-        if index is None:
+    def _pass_index(self, block: Any) -> int:
+        """Return which pass of the step a block's forward is of."""
+        if self._micro_batch is not None:
+            return self._micro_batch
+        # Megatron's schedules leave it on the layers, and take the micro-batches in order. What
+        # does not fit in is of an earlier step or an evaluation.
+        index = self._passes[id(block)]
+        if len(block.layers) and getattr(block.layers[0], "current_microbatch", None) != index:
             raise RuntimeError(
                 "random-LTD: call begin_micro_batch(index) before each forward pass in a loop "
                 "that does not use Megatron's pipeline schedules"
             )
-        group = block.pg_collection.dp
-        count, ranks = self._pass[0], get_pg_size(group)
-        size, rest = divmod(batch, count)
-        if rest:
-            raise RuntimeError(f"random-LTD: a pass of {count} micro-batches has {batch} samples")
-        start = self._consumed_samples + (index * count * ranks + get_pg_rank(group)) * size
-        drawn = 1 if self.config.shared_indices else size
-        offsets = tuple(i * ranks * size + j for i in range(count) for j in range(drawn))
-        return _on_device(offsets, device) + start
-
-    def _kept(
-        self, block: Any, dropped: list[int], hidden_states: Tensor, is_packed: bool
-    ) -> dict[int, KeptTokens]:
-        """Return what the dropped layers of a block keep, drawn for all of them at once.
-
-        Args:
-            is_packed: Whether hidden_states holds its samples end to end, [b * s, 1, h].
-        """
-        from megatron.core.utils import get_pg_rank, get_pg_size
-
-        if not dropped:
-            return {}
-        model, strata, length = (
-            self.resolved.model,
-            self.resolved.strata,
-            self.resolved.model.seq_length,
-        )
-        rows, batch = hidden_states.shape[:2]
-        expected = length // model.sequence_parallel_size // model.context_parallel_size
-        samples = rows // expected if is_packed else batch
-        if rows != (expected * samples if is_packed else expected) or samples < 1:
-            raise RuntimeError(
-                f"random-LTD: hidden states have {rows} rows on this rank where --seq-length "
-                f"{length} makes {expected} of a sample; variable lengths do not work, another "
-                "constant length is attach(seq_length=...)"
-            )
-        device = hidden_states.device
-        positions = ops.sample(
-            self.resolved.seed,
-            _on_device(tuple(dropped), device),
-            self._samples(block, samples, device),
-            length,
-            self.kept_tokens,
-            strata,
-        )
-        if 1 < positions.size(1) < samples:  # shared within each micro-batch of a pass
-            positions = positions.repeat_interleave(samples // positions.size(1), dim=1)
-        if is_packed:
-            positions = flatten_samples(positions, samples, length)
-            strata, length = strata * samples, length * samples
-        groups = block.pg_collection
-        on_rank = context_parallel_strata(strata, get_pg_rank(groups.cp), get_pg_size(groups.cp))
-        local = _rows_of(positions, on_rank, length, strata)
-        rows_of_rank = local
-        if model.sequence_parallel_size > 1:
-            mine = sequence_parallel_strata(
-                on_rank, get_pg_rank(groups.tp), model.sequence_parallel_size
-            )
-            rows_of_rank = _rows_of(positions, mine, length, strata)
-        if rows_of_rank.size(1) != batch:
-            rows_of_rank = rows_of_rank.expand(-1, batch, -1).contiguous()
-        return {
-            n: KeptTokens(rows_of_rank[i], local[i], positions[i], length)
-            for i, n in enumerate(dropped)
-        }
-
-
-def _rows_of(positions: Tensor, on_rank: list[int], seq_length: int, strata: int) -> Tensor:
-    """Return where the kept positions that lie in some strata are if only those are held, in order.
-
-    Args:
-        positions: [l, b, k] int32, the same number in each of `strata` strata.
-        on_rank: The strata held, in the order in which they are held.
-
-    Returns:
-        [l, b, k * len(on_rank) / strata] int32.
-    """
-    if on_rank == list(range(strata)):
-        return positions
-    length = seq_length // strata
-    shifts = tuple((row - stratum) * length for row, stratum in enumerate(on_rank))
-    index = _on_device(tuple(on_rank), positions.device)
-    shift = _on_device(shifts, positions.device, positions.dtype)
-    chosen = positions.unflatten(-1, (strata, -1)).index_select(2, index)
-    return chosen.add_(shift[:, None]).flatten(-2)
-
-
-@functools.cache
-def _on_device(
-    numbers: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64
-) -> Tensor:
-    # Cached since the copy to a GPU waits for all it has to do.
-    return torch.tensor(numbers, device=device, dtype=dtype)
+        self._passes[id(block)] += 1
+        return index
 
 
 @functools.cache
@@ -348,19 +277,6 @@ def _language_models(models: Iterable[Any]) -> Iterator[Any]:
 
     for model in models:
         yield from (m for m in model.modules() if isinstance(m, (GPTModel, BertModel)))
-
-
-def _model_facts(config: Any, seq_length: int, seed: int) -> Model:
-    """Return what a ``TransformerConfig`` says of a model and its layout."""
-    return Model(
-        seq_length=seq_length,
-        num_layers=config.num_layers,
-        sequence_parallel_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
-        context_parallel_size=config.context_parallel_size,
-        pipeline_parallel_size=config.pipeline_model_parallel_size,
-        passes_of_chunk=interleaved_passes(config),
-        seed=seed,
-    )
 
 
 def _override(module: torch.nn.Module, forward: Callable) -> None:

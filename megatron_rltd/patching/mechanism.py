@@ -1,7 +1,7 @@
 """Replace attributes of imported modules: resolve every one, check every one, then apply.
 
 Knows nothing of Megatron or random-LTD. A `Patch` is data; `apply` either applies all of them or
-raises `PatchError` having touched nothing; the `Applied` it returns puts the originals back.
+raises `PatchError` having touched nothing; the `AppliedPatches` it returns puts the originals back.
 
     applied = apply([Patch("package.module:Class.method", wrapper, "why")])
     ...
@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,11 +69,15 @@ class Patch:
         return owner, name, original
 
 
-class Applied:
-    """The patches that one call of `apply` put in force."""
+class AppliedPatches:
+    """The patches that one call of `apply` put in force.
 
-    def __init__(self, patches: tuple[Patch, ...]):
-        self.patches = patches
+    Attributes:
+        patches: Those that replaced something: a wrapper may return the original.
+    """
+
+    def __init__(self) -> None:
+        self.patches: tuple[Patch, ...] = ()
         self._undo: list[Callable[[], None]] = []
 
     def on_revert(self, undo: Callable[[], None]) -> None:
@@ -90,10 +95,13 @@ class Applied:
 _IN_FORCE: list[Patch] = []
 
 
-def _replace(patch: Patch, applied: Applied) -> None:
+def _replace(patch: Patch, applied: AppliedPatches) -> None:
     owner, name, original = patch.resolve()
     owned = name in vars(owner)
     replacement = patch.wrapper(original)
+    if replacement is original:
+        return
+    applied.patches += (patch,)
     setattr(owner, name, replacement)
     _IN_FORCE.append(patch)
 
@@ -109,6 +117,24 @@ def _replace(patch: Patch, applied: Applied) -> None:
     applied.on_revert(undo)
 
 
+def describe(patches: Iterable[Patch]) -> str:
+    """Return the table of patches as text: targets and why, those with one reason together."""
+    targets: dict[str, list[str]] = {}
+    for patch in patches:
+        targets.setdefault(patch.reason, []).append(patch.target)
+    alone = [names[0] for names in targets.values() if len(names) == 1]
+    width = max(map(len, alone), default=0)
+    lines = []
+    for reason, names in targets.items():
+        if len(names) == 1:
+            lines.append(f"  {names[0]:<{width}}  {reason}")
+        else:
+            text = ", ".join(names)
+            lines.append(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  "))
+            lines.append(f"      {reason}")
+    return "\n".join(lines)
+
+
 def fingerprint(function: Any) -> str:
     """Return 16 hex digits of the SHA-256 of a function's source text, docstring and all."""
     source = inspect.getsource(inspect.unwrap(function))
@@ -116,11 +142,11 @@ def fingerprint(function: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check(patch: Patch, known: Mapping[str, Iterable[str]]) -> list[str]:
+def find_problems(patch: Patch, tested: Mapping[str, Iterable[str]]) -> list[str]:
     """Return what is wrong with `patch` in this process, as sentences; empty if nothing is.
 
     Args:
-        known: Target to the fingerprints it was tested with. A target that is absent from it is
+        tested: Target to the fingerprints it was tested with. A target that is absent from it is
             not fingerprinted (a C function has no source, say).
     """
     try:
@@ -134,9 +160,9 @@ def check(patch: Patch, known: Mapping[str, Iterable[str]]) -> list[str]:
         missing = set(patch.parameters) - set(inspect.signature(original).parameters)
         if missing:
             problems.append(f"{patch.target} has no parameter {', '.join(sorted(missing))}")
-    if patch.target in known:
+    if patch.target in tested:
         found = fingerprint(original)
-        if found not in known[patch.target]:
+        if found not in tested[patch.target]:
             problems.append(f"{patch.target} has source fingerprint {found}, never tested")
     module_name = patch.target.partition(":")[0]
     if callable(original) and "." not in patch.target.partition(":")[2]:
@@ -151,12 +177,14 @@ def check(patch: Patch, known: Mapping[str, Iterable[str]]) -> list[str]:
     return problems
 
 
-def apply(patches: Iterable[Patch], known: Mapping[str, Iterable[str]] | None = None) -> Applied:
+def apply(
+    patches: Iterable[Patch], tested: Mapping[str, Iterable[str]] | None = None
+) -> AppliedPatches:
     """Apply all patches or none.
 
     Args:
         patches: Applied in this order.
-        known: See `check`.
+        tested: See `find_problems`.
 
     Raises:
         PatchError: Naming every patch that does not fit. Nothing has been applied then.
@@ -167,10 +195,10 @@ def apply(patches: Iterable[Patch], known: Mapping[str, Iterable[str]] | None = 
         f"{t} is listed twice" for t in sorted({t for t in targets if targets.count(t) > 1})
     ]
     for patch in patches:
-        problems += check(patch, known or {})
+        problems += find_problems(patch, tested or {})
     if problems:
         raise PatchError("; ".join(problems))
-    applied = Applied(patches)
+    applied = AppliedPatches()
     try:
         for patch in patches:
             _replace(patch, applied)

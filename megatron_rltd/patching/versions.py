@@ -62,7 +62,7 @@ class VersionError(RuntimeError):
     """This Megatron is not one that random-LTD was tested with. Nothing has been patched."""
 
 
-def require_installed() -> None:
+def check_installed() -> None:
     """Raise VersionError, saying how to get it, if Python finds no megatron-core or torch."""
     for package, module in (("torch", "torch"), ("megatron-core[training]", "megatron.core")):
         try:
@@ -92,7 +92,7 @@ def release() -> tuple[int, ...]:
     return tuple(int(number) for number in megatron_version().split(".")[:2])
 
 
-def rows(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
+def rows_for_release(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
     """Return the rows of a table that are for the megatron-core in this process."""
     return tuple(patch for patch in patches if patch.is_for(release()))
 
@@ -114,22 +114,24 @@ def newest_of_each_minor() -> list[str]:
     return list({version.rpartition(".")[0]: version for version in tested_versions()}.values())
 
 
-def known() -> dict[str, set[str]]:
+def tested_fingerprints() -> dict[str, set[str]]:
     """Return {symbol: fingerprints}, to compare sources with; empty if the user allowed any."""
     if os.environ.get(ALLOW_UNTESTED):
         return {}
     return {symbol: set(hashes.values()) for symbol, hashes in known_fingerprints().items()}
 
 
-def problems() -> list[str]:
-    """Return what differs, in the functions of `RELIED_ON`, from the tested versions."""
-    return [problem for row in rows(RELIED_ON) for problem in mechanism.check(row, known())]
+def find_problems(patches: tuple[Patch, ...] = ()) -> list[str]:
+    """Return what differs from the tested versions, in `RELIED_ON` and in what is to be patched."""
+    tested = tested_fingerprints()
+    checked = rows_for_release(RELIED_ON) + patches
+    return [problem for row in checked for problem in mechanism.find_problems(row, tested)]
 
 
-def require(found: list[str]) -> None:
+def check_versions(problems: list[str]) -> None:
     """Raise VersionError, naming versions and the way out, if problems were found."""
-    if found:
-        lines = "".join(f"\n  - {problem}" for problem in found)
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
         raise VersionError(
             f"megatron-core {megatron_version()} is not one that random-LTD was tested with "
             f"({', '.join(tested_versions())}):{lines}\n"

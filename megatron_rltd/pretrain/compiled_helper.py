@@ -5,10 +5,15 @@ no Makefile; a clone of Megatron-LM holds the Makefile, which needs pybind11 and
 the very Python that runs.
 """
 
+import functools
 import importlib.util
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+
+from megatron_rltd.patching import mechanism
+from megatron_rltd.patching.mechanism import AppliedPatches, Patch
 
 _NAME = "megatron.core.datasets.helpers_cpp"
 
@@ -40,3 +45,35 @@ def load() -> None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[_NAME] = module
+
+
+def _compile_helpers(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def compile_helpers():
+        if not is_importable():
+            original()
+
+    return compile_helpers
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "megatron.core.datasets.utils:compile_helpers",
+        _compile_helpers,
+        "runs make at start-up; a wheel brings the compiled helper and no Makefile",
+    ),
+)
+
+
+def use(even_in_clone: bool) -> AppliedPatches:
+    """Let Megatron's data sets use the compiled helper of the megatron-core wheel.
+
+    With or without random-LTD, where Megatron's own way to the helper cannot work.
+
+    Args:
+        even_in_clone: Also in a clone of Megatron-LM, where Megatron would compile it.
+    """
+    wanted = even_in_clone or not can_be_made()
+    if wanted:
+        load()
+    return mechanism.apply(PATCHES if wanted else ())

@@ -32,7 +32,7 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
-from megatron_rltd.config import ConfigError
+from megatron_rltd.config import ConfigError, RankConfigError
 from megatron_rltd.patching import versions
 
 RELEASE = versions.release()
@@ -102,9 +102,11 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple:
 
 
 def check_data_path(args: Any) -> None:
-    """Raise ConfigError, naming each file, unless there is data for every set that is asked for.
+    """Check that there is data for every set that is asked for, of a kind that this script reads.
 
-    And data of a kind that this script reads.
+    Raises:
+        ConfigError: It is of another kind.
+        RankConfigError: A file is missing on this rank's machine, or a set would be empty.
     """
     other = [flag for flag in OTHER_DATA if getattr(args, flag[2:].replace("-", "_"), None)]
     if other:
@@ -126,7 +128,7 @@ def check_data_path(args: Any) -> None:
         for prefix in blend[0]:
             problems += empty_sets(args.split or "969, 30, 1", prefix)  # Megatron's default
     if problems:
-        raise ConfigError(problems)
+        raise RankConfigError(problems)
 
 
 def empty_sets(split: str, prefix: str) -> list[str]:

@@ -1,16 +1,19 @@
 """Choosing and moving tokens: torch.library ops with fake implementations and autograd.
 
 Public: `gather_tokens` and `scatter_tokens`, out of place and each correct on its own.
-Private to a run of dropped layers (`token_drop`): `split_tokens`, `exchange_tokens` and
-`merge_tokens`, which move rows through one private buffer in place. They rely on the buffer having
-no other reader, in forward and in backward; do not use them elsewhere.
+Private to the rows that neighbouring dropped layers borrow (`model.block`): `split_tokens`,
+`exchange_tokens` and `merge_tokens`, which move rows through one private buffer in place. They rely
+on the buffer having no other reader, in forward and in backward; do not use them elsewhere.
 
 `reference` implements the ops for every device. The compiled `kernels`, where they are built, do
-for theirs under the same op names; `use_backend("torch")` keeps to the reference.
+for theirs under the same op names. Which of the two runs is the caller's choice, as an argument
+`library`: what `find_library` returns for a backend.
 
 Shapes: s sequence length on this rank, b micro batch, h hidden size, k kept tokens on this rank.
 Hidden states [s, b, h], any dtype; indices [b, k] int32, distinct and ascending in each row.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,24 +39,22 @@ for _name, _schema in _SCHEMAS.items():
     _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 kernels.load()
-_ops = torch.ops.megatron_rltd
 
 
-def use_backend(backend: str) -> None:
-    """Choose the implementation: "auto" the fastest there is, "torch" `reference`.
+def find_library(backend: str) -> Any:
+    """Return what implements the ops: the fastest there is for "auto", `reference` for "torch".
 
     "cuda" is "auto", but refuses to do without the kernels for a GPU.
 
     Raises:
         ValueError: Not one of `BACKENDS`, or not there.
     """
-    global _ops
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} must be one of {', '.join(BACKENDS)}")
     missing = kernels.missing_for("cuda") if backend == "cuda" else None
     if missing:
         raise ValueError(f"the kernels are {missing}")
-    _ops = reference if backend == "torch" else torch.ops.megatron_rltd
+    return reference if backend == "torch" else torch.ops.megatron_rltd
 
 
 def _like_kept(hidden_states: Tensor, indices: Tensor) -> Tensor:
@@ -144,35 +145,79 @@ def _check(hidden_states: Tensor, indices: Tensor, tokens: Tensor | None = None)
             raise ValueError(f"tokens are {tokens.dtype}, hidden_states {hidden_states.dtype}")
 
 
-def gather_tokens(hidden_states: Tensor, indices: Tensor) -> Tensor:
+class _Gather(torch.autograd.Function):
+    """`reference.gather`, where the library's op would run the kernels."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, indices):
+        _save_indices(ctx, (hidden_states, indices), None)
+        return reference.gather(hidden_states, indices)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (indices,) = ctx.saved_tensors
+        zeros = grad.new_zeros(ctx.rows, *grad.shape[1:])
+        return scatter_tokens(zeros, grad, indices, "torch"), None
+
+
+class _Scatter(torch.autograd.Function):
+    """`reference.scatter`, likewise."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, tokens, indices):
+        _save_indices(ctx, (hidden_states, indices), None)
+        return reference.scatter(hidden_states, tokens, indices)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (indices,) = ctx.saved_tensors
+        grad_tokens = gather_tokens(grad, indices, "torch")
+        zeros = torch.zeros_like(grad_tokens)
+        return scatter_tokens(grad, zeros, indices, "torch"), grad_tokens, None
+
+
+def gather_tokens(hidden_states: Tensor, indices: Tensor, backend: str = "auto") -> Tensor:
     """Return the kept rows [k, b, h], a new tensor.
 
     Equivalent to ``hidden_states.gather(0, indices.t()[..., None].expand(-1, -1, h).long())``.
 
+    Args:
+        backend: One of `BACKENDS`, as ``--random-ltd-backend``.
+
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together.
+        ValueError: Shapes, dtypes or devices do not fit together, or there is no such backend.
     """
     _check(hidden_states, indices)
+    if find_library(backend) is reference:
+        return _Gather.apply(hidden_states, indices)
     return torch.ops.megatron_rltd.gather(hidden_states, indices)
 
 
-def scatter_tokens(hidden_states: Tensor, tokens: Tensor, indices: Tensor) -> Tensor:
+def scatter_tokens(
+    hidden_states: Tensor, tokens: Tensor, indices: Tensor, backend: str = "auto"
+) -> Tensor:
     """Return hidden_states [s, b, h] with the kept rows replaced by tokens, a new tensor.
 
+    Args:
+        backend: One of `BACKENDS`, as ``--random-ltd-backend``.
+
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together.
+        ValueError: Shapes, dtypes or devices do not fit together, or there is no such backend.
     """
     _check(hidden_states, indices, tokens)
+    if find_library(backend) is reference:
+        return _Scatter.apply(hidden_states, tokens, indices)
     return torch.ops.megatron_rltd.scatter(hidden_states, tokens, indices)
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, indices):
+    def forward(ctx, library, hidden_states, indices):
+        ctx.library = library
         ctx.save_for_backward(indices)
         ctx.set_materialize_grads(False)
         ctx.shape = hidden_states.shape
-        return _ops.split(hidden_states, indices)
+        return library.split(hidden_states, indices)
 
     @staticmethod
     @once_differentiable
@@ -180,23 +225,24 @@ class _Split(torch.autograd.Function):
         # grad_buffer comes from Exchange or Merge and has no other reader: it is ours to write.
         (indices,) = ctx.saved_tensors
         if grad_tokens is None and grad_buffer is None:
-            return None, None
+            return None, None, None
         if grad_buffer is None:
             grad_buffer = grad_tokens.new_zeros(ctx.shape)
         if grad_tokens is None:
             grad_tokens = torch.zeros_like(_like_kept(grad_buffer, indices))
-        _ops.merge_(grad_buffer, grad_tokens.contiguous(), indices)
-        return grad_buffer, None
+        ctx.library.merge_(grad_buffer, grad_tokens.contiguous(), indices)
+        return None, grad_buffer, None
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, buffer, tokens, indices, next_indices):
+    def forward(ctx, library, buffer, tokens, indices, next_indices):
+        ctx.library = library
         ctx.save_for_backward(indices, next_indices)
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(buffer)
         ctx.shape = buffer.shape
-        return _ops.exchange_(buffer, tokens.contiguous(), indices, next_indices), buffer
+        return library.exchange_(buffer, tokens.contiguous(), indices, next_indices), buffer
 
     @staticmethod
     @once_differentiable
@@ -204,21 +250,23 @@ class _Exchange(torch.autograd.Function):
         # The same kernel with the index sets swapped.
         indices, next_indices = ctx.saved_tensors
         if grad_next is None and grad_buffer is None:
-            return None, None, None, None
+            return None, None, None, None, None
         if grad_buffer is None:
             grad_buffer = grad_next.new_zeros(ctx.shape)
         if grad_next is None:
             grad_next = torch.zeros_like(_like_kept(grad_buffer, next_indices))
-        grad_tokens = _ops.exchange_(grad_buffer, grad_next.contiguous(), next_indices, indices)
-        return grad_buffer, grad_tokens, None, None
+        grad_next = grad_next.contiguous()
+        grad_tokens = ctx.library.exchange_(grad_buffer, grad_next, next_indices, indices)
+        return None, grad_buffer, grad_tokens, None, None
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, buffer, tokens, indices):
+    def forward(ctx, library, buffer, tokens, indices):
+        ctx.library = library
         ctx.save_for_backward(indices)
         ctx.mark_dirty(buffer)
-        _ops.merge_(buffer, tokens.contiguous(), indices)
+        library.merge_(buffer, tokens.contiguous(), indices)
         return buffer
 
     @staticmethod
@@ -226,36 +274,37 @@ class _Merge(torch.autograd.Function):
     def backward(ctx, grad):
         # Others may hold grad: split copies it and writes nothing to it.
         (indices,) = ctx.saved_tensors
-        grad_tokens, grad_buffer = _ops.split(grad, indices)
-        return grad_buffer, grad_tokens, None
+        grad_tokens, grad_buffer = ctx.library.split(grad, indices)
+        return None, grad_buffer, grad_tokens, None
 
 
-def split_tokens(hidden_states: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Start a run: return the kept rows [k, b, h] and a private buffer with the others.
+def split_tokens(library: Any, hidden_states: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Begin borrowing: return the kept rows [k, b, h] and a private buffer with the others.
 
     hidden_states is only read. Rows of `indices` in the buffer are arbitrary until they are put
     back. Not twice differentiable.
     """
     _check(hidden_states, indices)
-    return _Split.apply(hidden_states, indices)
+    return _Split.apply(library, hidden_states, indices)
 
 
 def exchange_tokens(
-    buffer: Tensor, tokens: Tensor, indices: Tensor, next_indices: Tensor
+    library: Any, buffer: Tensor, tokens: Tensor, indices: Tensor, next_indices: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Continue a run: put back a layer's rows, return the next layer's [m, b, h] and the buffer."""
+    """Put back a layer's rows; return the next layer's, [m, b, h], and the buffer."""
     _check(buffer, indices, tokens)
     _check(buffer, next_indices)
-    return _Exchange.apply(buffer, tokens, indices, next_indices)
+    return _Exchange.apply(library, buffer, tokens, indices, next_indices)
 
 
-def merge_tokens(buffer: Tensor, tokens: Tensor, indices: Tensor) -> Tensor:
-    """End a run: put back the last layer's rows and return the buffer, now the hidden states."""
+def merge_tokens(library: Any, buffer: Tensor, tokens: Tensor, indices: Tensor) -> Tensor:
+    """Put back the last layer's rows and return the buffer, now the hidden states."""
     _check(buffer, indices, tokens)
-    return _Merge.apply(buffer, tokens, indices)
+    return _Merge.apply(library, buffer, tokens, indices)
 
 
-def sample(
+def sample_positions(
+    library: Any,
     seed: int,
     layer_numbers: Tensor,
     samples: Tensor,
@@ -268,10 +317,10 @@ def sample(
     Args: See `megatron_rltd.tokens.sampling.kept_indices`, which defines them.
     """
     signed = seed - 2**64 if seed >= 2**63 else seed  # an op takes no larger integer
-    return _ops.sample(signed, layer_numbers, samples, seq_length, kept_tokens, strata)
+    return library.sample(signed, layer_numbers, samples, seq_length, kept_tokens, strata)
 
 
-def select_mask(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def select_mask(library: Any, mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the rows and columns of an attention mask that belong to kept tokens.
 
     Args:
@@ -282,4 +331,4 @@ def select_mask(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     Returns:
         [b, a, i or 1, j].
     """
-    return _ops.select_mask(mask, rows, columns)
+    return library.select_mask(mask, rows, columns)

@@ -1,21 +1,43 @@
-"""Which part of a sequence a rank holds under sequence and context parallelism, as strata.
+"""Which rows of a sequence a rank holds under sequence and context parallelism.
 
-A stratum is one of S equal contiguous slices of the sequence. With S a multiple of `fewest_strata`
-every rank's rows are whole strata, so that it keeps exactly its share of the kept tokens without
-asking anyone. Plain integers; knows nothing of torch or Megatron.
+A stratum is one of S equal contiguous slices of the sequence. With S a multiple of
+`config.fewest_strata` every rank's rows are whole strata, so that it keeps exactly its share of the
+kept tokens without asking anyone. Every mapping from positions to a rank's rows is here.
 
 Layouts (Megatron-core):
     context parallel   rank r of c holds chunks r and 2c-1-r of 2c equal chunks, in this order
                        (``megatron/core/utils.py:get_batch_on_this_cp_rank``)
     sequence parallel  rank r of t holds the r-th of t equal slices of what its CP rank holds
                        (``megatron/core/tensor_parallel/mappings.py:_split_along_first_dim``)
+    packed             the samples of a micro-batch end to end, as one sequence
+
+Shapes: l layers, b samples, k kept tokens, S strata.
 """
 
+import functools
+from collections.abc import Callable
 
-def fewest_strata(sequence_parallel_size: int = 1, context_parallel_size: int = 1) -> int:
-    """Return the smallest S for which every rank of a layout holds whole strata."""
-    chunks = 2 * context_parallel_size if context_parallel_size > 1 else 1
-    return chunks * sequence_parallel_size
+import torch
+from torch import Tensor
+
+OnDevice = Callable[[tuple[int, ...], torch.device, torch.dtype], Tensor]
+"""Returns numbers as a tensor on a device, as `cached_on_device` makes it."""
+
+
+def cached_on_device(distinct: int = 256) -> OnDevice:
+    """Return a function that copies numbers to a device once.
+
+    The copy to a GPU waits for all it has to do.
+
+    Args:
+        distinct: How many tuples of numbers are remembered, at most.
+    """
+
+    @functools.lru_cache(maxsize=distinct)
+    def on_device(numbers: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(numbers, device=device, dtype=dtype)
+
+    return on_device
 
 
 def context_parallel_strata(strata: int, rank: int, size: int) -> list[int]:
@@ -37,3 +59,39 @@ def sequence_parallel_strata(strata: list[int], rank: int, size: int) -> list[in
     """Return the strata that a sequence-parallel rank holds, of those its CP rank holds."""
     share = len(strata) // size
     return strata[rank * share : (rank + 1) * share]
+
+
+def rows_of_strata(
+    positions: Tensor, held: list[int], seq_length: int, strata: int, on_device: OnDevice
+) -> Tensor:
+    """Return where the kept positions that lie in some strata are if only those are held, in order.
+
+    Args:
+        positions: [l, b, k] int32, the same number in each of `strata` strata.
+        held: The strata held, in the order in which they are held.
+
+    Returns:
+        [l, b, k * len(held) / strata] int32.
+    """
+    if held == list(range(strata)):
+        return positions
+    length = seq_length // strata
+    shifts = tuple((row - stratum) * length for row, stratum in enumerate(held))
+    index = on_device(tuple(held), positions.device, torch.int64)
+    shift = on_device(shifts, positions.device, positions.dtype)
+    chosen = positions.unflatten(-1, (strata, -1)).index_select(2, index)
+    return chosen.add_(shift[:, None]).flatten(-2)
+
+
+def positions_end_to_end(positions: Tensor, samples: int, seq_length: int) -> Tensor:
+    """Return kept positions of samples as positions in the row that holds them end to end.
+
+    Args:
+        positions: [l, b or 1, k] int32.
+        samples: b.
+
+    Returns:
+        [l, 1, b * k] int32, ascending.
+    """
+    first = torch.arange(samples, dtype=torch.int32, device=positions.device) * seq_length
+    return (positions + first[:, None]).flatten(1)[:, None]

@@ -10,7 +10,7 @@ import inspect
 from fractions import Fraction
 from typing import Any
 
-from megatron_rltd.config import ConfigError, Resolved
+from megatron_rltd.config import ConfigError, ResolvedConfig
 from megatron_rltd.patching import versions
 from megatron_rltd.schedule import BatchSize, Progress
 
@@ -20,7 +20,7 @@ _UNITS = {
 }
 
 
-def set_length(args: Any, resolved: Resolved) -> None:
+def set_length(args: Any, resolved: ResolvedConfig) -> None:
     """Set the iterations or samples that ``--train-layer-tokens`` takes.
 
     Iterations if the learning rate or the length is given in them, else samples.
@@ -102,7 +102,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _set_budget(args: Any, resolved: Resolved) -> list[str]:
+def _set_budget(args: Any, resolved: ResolvedConfig) -> list[str]:
     end = end_of_budget(args, resolved, Progress())
     for name, needed in (("train_iters", end.iteration), ("train_samples", end.samples)):
         given = getattr(args, name)
@@ -118,7 +118,7 @@ def _set_budget(args: Any, resolved: Resolved) -> list[str]:
     return []
 
 
-def _learning_rate_problems(args: Any, resolved: Resolved) -> list[str]:
+def _learning_rate_problems(args: Any, resolved: ResolvedConfig) -> list[str]:
     """Return what Megatron would assert of the learning rate's lengths, or not notice."""
     unit = "samples" if args.train_samples else "iters"
     size = 1 if args.train_samples else args.global_batch_size
@@ -136,7 +136,7 @@ def _learning_rate_problems(args: Any, resolved: Resolved) -> list[str]:
     return problems
 
 
-def end_of_budget(args: Any, resolved: Resolved, start: Progress) -> Progress:
+def end_of_budget(args: Any, resolved: ResolvedConfig, start: Progress) -> Progress:
     """Return where a run that is at `start` stands when ``--train-layer-tokens`` are consumed."""
     tokens = args.train_layer_tokens * resolved.model.num_layers
     return resolved.layer_tokens.until(
@@ -146,7 +146,7 @@ def end_of_budget(args: Any, resolved: Resolved, start: Progress) -> Progress:
 
 def after_iterations(
     args: Any,
-    resolved: Resolved,
+    resolved: ResolvedConfig,
     iterations: int,
     start: Progress = Progress(),  # noqa: B008
 ) -> Progress:
@@ -156,7 +156,7 @@ def after_iterations(
     )
 
 
-def _remaining(args: Any, resolved: Resolved, start: Progress) -> Fraction:
+def _remaining(args: Any, resolved: ResolvedConfig, start: Progress) -> Fraction:
     """Return by how much the learning rate's schedule advances until the end of the run.
 
     In samples or, under ``--layer-token-lr``, what LayerTokens are worth in samples of which
@@ -179,7 +179,7 @@ def _remaining(args: Any, resolved: Resolved, start: Progress) -> Fraction:
 
 def scheduler_settings(
     args: Any,
-    resolved: Resolved,
+    resolved: ResolvedConfig,
     is_decay_given: bool,
     start: Progress = Progress(),  # noqa: B008
     advanced: Fraction = Fraction(0),

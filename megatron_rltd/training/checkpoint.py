@@ -7,15 +7,8 @@ LayerTokens consumed as plain integers.
 import dataclasses
 from typing import Any
 
-from megatron_rltd.config import (
-    FIELDS,
-    FREE,
-    ConfigError,
-    RandomLTDConfig,
-    config_from_args,
-    flag,
-    options_in_force,
-)
+from megatron_rltd.config import FIELDS, FREE, ConfigError, RandomLTDConfig, flag, options_in_force
+from megatron_rltd.training.arguments import config_from_args
 
 _LAYER_TOKENS = "random_ltd_layer_tokens"
 _DENSE = "random_ltd_dense_layer_tokens"

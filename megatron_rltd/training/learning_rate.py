@@ -10,7 +10,8 @@ In a loop of your own:
 
     scheduler = LayerTokenScheduler(OptimizerParamScheduler(optimizer, ...), random_ltd)
     ...
-    scheduler.step(increment=global_batch_size)         # after the optimizer's step
+    step = random_ltd.end_step()
+    scheduler.step(increment=global_batch_size, step=step)   # after the optimizer's step
 """
 
 from fractions import Fraction
@@ -18,6 +19,7 @@ from typing import Any
 
 from megatron_rltd.config import ConfigError
 from megatron_rltd.model.random_ltd import RandomLTD
+from megatron_rltd.schedule import Step
 
 LAYER_TOKENS = "layer_tokens"
 
@@ -28,7 +30,7 @@ class LayerTokenScheduler:
     Not a subclass: that class calls its own ``step`` to construct itself and to load its state.
 
     Attributes:
-        random_ltd: Whose current kept length counts.
+        random_ltd: Whose steps count.
         layer_tokens: By how many LayerTokens the schedule has advanced, an exact integer. Less than
             the run consumed if the optimizer skipped steps, as in Megatron.
     """
@@ -49,12 +51,21 @@ class LayerTokenScheduler:
             raise AttributeError(name)
         return getattr(self._scheduler, name)
 
-    def step(self, increment: int) -> None:
-        """Advance by `increment` samples at the current kept length and set the learning rates."""
-        counted = self.random_ltd.resolved.layer_tokens
-        self.layer_tokens += increment * counted.per_sample(self.random_ltd.kept_tokens)
+    def step(self, increment: int, step: Step | None = None) -> None:
+        """Advance by `increment` samples of a step and set the learning rates.
+
+        Args:
+            step: That they were trained in; default: the one that has begun and not ended, in
+                which Megatron's loop calls this.
+        """
+        step = step or self.random_ltd.step
+        if increment and step is None:
+            raise RuntimeError("random-LTD: say which step the samples are of: step(n, end_step())")
+        if step is not None:
+            self.layer_tokens += increment * step.layer_tokens_per_sample
         # Divided anew from the exact sum each time, so that no rounding adds up.
-        self._scheduler.num_steps = _quotient(self.layer_tokens, counted.dense)
+        dense = self.random_ltd.resolved.layer_tokens.dense
+        self._scheduler.num_steps = _quotient(self.layer_tokens, dense)
         self._scheduler.step(0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,18 +1,15 @@
 """What a run with dropped tokens reports: kept tokens, LayerTokens and FLOPs."""
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_rltd.config import Resolved
+from megatron_rltd.config import ResolvedConfig
+from megatron_rltd.training import tags
 
-KEPT_TOKENS = "random-ltd kept tokens"
-LAYER_TOKENS = "random-ltd layer tokens"
-SHARE = "random-ltd share of dense"
-MICRO_BATCHES = "random-ltd micro-batches per pass"
+_ADVANCED, _SKIPPED = "advanced iterations", "skipped iterations"  # in Megatron's sums
 
 
 def add_value(losses: dict[str, torch.Tensor], name: str, value: float) -> None:
@@ -39,8 +36,8 @@ def add_to_log_line(
         layer_tokens: Consumed by the run.
         share: That number in what a dense run had consumed.
     """
-    steps = max(1, total_losses.get("advanced iterations", 0) + (not skipped))
-    for name, value in ((LAYER_TOKENS, layer_tokens), (SHARE, share)):
+    steps = max(1, total_losses.get(_ADVANCED, 0) + (not skipped))
+    for name, value in ((tags.LAYER_TOKENS, layer_tokens), (tags.SHARE_OF_DENSE, share)):
         total_losses[name] = torch.tensor([float(value * steps)], dtype=torch.float64)
 
 
@@ -62,54 +59,28 @@ def write_scalars(
     writer, wandb = get_tensorboard_writer(), get_wandb_writer()
     if not writer or iteration % get_args().tensorboard_log_interval:
         return
-    for name, value in ((LAYER_TOKENS, layer_tokens), (SHARE, share)):
+    for name, value in ((tags.LAYER_TOKENS, layer_tokens), (tags.SHARE_OF_DENSE, share)):
         writer.add_scalar(name, value, iteration)
         if wandb:
             wandb.log({name: value}, iteration)
     if learning_rate is not None:
-        writer.add_scalar("learning-rate vs layer tokens", learning_rate, layer_tokens)
+        writer.add_scalar("learning-rate" + tags.VS_LAYER_TOKENS, learning_rate, layer_tokens)
     for name, loss in losses.items():
-        writer.add_scalar(f"{name} vs layer tokens", loss, layer_tokens)
+        writer.add_scalar(name + tags.VS_LAYER_TOKENS, loss, layer_tokens)
 
 
-class FlopsSinceLog:
-    """The floating-point operations of each step since Megatron's last log line.
+def steps_since_log(total_losses: dict[str, Any]) -> int:
+    """Return how many steps a log line is about, that which Megatron is about to add included.
 
-    Megatron asks for the last step's after each step, and once more to print a throughput, for
-    which it divides them by the mean time of the steps since the last line. With a kept length
-    that grows, the mean operations belong to it.
-
-    Attributes:
-        is_for_log: Whether the last step has been counted, so that the next question is the log's.
-        is_reset_by_log: Whether Megatron starts anew after the line. It does not after one about
-            the first step, which it adds to the next line too.
+    Args:
+        total_losses: Megatron's sums since the last line.
     """
-
-    def __init__(self) -> None:
-        self.is_for_log = False
-        self.is_reset_by_log = True
-        self._steps: list[float] = []
-
-    def begin_step(self) -> None:
-        """Expect the count of a step."""
-        self.is_for_log = False
-
-    def add(self, operations: float) -> None:
-        """Take the count of a step."""
-        self._steps.append(operations)
-        self.is_for_log = True
-
-    def mean(self) -> float:
-        """Return the mean of the steps; forget them if Megatron starts anew."""
-        mean = math.fsum(self._steps) / len(self._steps)
-        if self.is_reset_by_log:
-            self._steps.clear()
-        return mean
+    return total_losses.get(_ADVANCED, 0) + total_losses.get(_SKIPPED, 0) + 1
 
 
 def floating_point_operations(
     original: Callable,
-    resolved: Resolved,
+    resolved: ResolvedConfig,
     kept: int,
     args: Any,
     batch_size: int,
@@ -146,7 +117,7 @@ def floating_point_operations(
     return total
 
 
-def _dropped_by_kind(resolved: Resolved, args: Any) -> dict[int | None, int]:
+def _dropped_by_kind(resolved: ResolvedConfig, args: Any) -> dict[int | None, int]:
     """Return the number of dropped layers of each kind: None dense model, else 0 dense, 1 MoE."""
     if args.num_experts is None:
         return {None: len(resolved.dropped_layers)}

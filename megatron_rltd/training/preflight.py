@@ -11,35 +11,39 @@ from typing import Any
 
 import torch
 
-from megatron_rltd.config import Resolved
+from megatron_rltd.config import ResolvedConfig
 from megatron_rltd.model.random_ltd import RandomLTD
 from megatron_rltd.model.routers import auxiliary_losses
 
 
-def add_preflight(arguments: dict[str, Any], random_ltd: RandomLTD, begin_step: Callable) -> None:
-    """Have a training step run a preflight before its own passes.
+class Preflight:
+    """A preflight that is due."""
 
-    Args:
-        arguments: Of ``megatron.training.training.train_step``; changed.
-        random_ltd: In the step.
-        begin_step: Begins the step again after the preflight.
-    """
-    forward_backward_func = arguments["forward_backward_func"]
-    optimizer, config = arguments["optimizer"], arguments["config"]
-    done: list[int] = []
+    def add(self, arguments: dict[str, Any], random_ltd: RandomLTD) -> None:
+        """Have a training step run it before its own passes.
 
-    def with_preflight(**passes: Any) -> Any:
-        if not done:
-            with _forgotten(passes["model"], optimizer, config):
-                done.extend(_run(forward_backward_func, passes, random_ltd))
-            begin_step()
-            _report(done)
-        return forward_backward_func(**passes)
+        Args:
+            arguments: Of ``megatron.training.training.train_step``; changed.
+            random_ltd: Which the step will begin.
+        """
+        forward_backward_func = arguments["forward_backward_func"]
+        optimizer, config = arguments["optimizer"], arguments["config"]
+        is_due = True
 
-    arguments["forward_backward_func"] = with_preflight
+        def with_preflight(**passes: Any) -> Any:
+            nonlocal is_due
+            if is_due and random_ltd.step is not None:
+                is_due, step = False, random_ltd.step
+                with _forgotten(passes["model"], optimizer, config):
+                    lengths = _run(forward_backward_func, passes, random_ltd)
+                random_ltd.begin_step(step.iteration, step.consumed_samples)
+                _report(lengths)
+            return forward_backward_func(**passes)
+
+        arguments["forward_backward_func"] = with_preflight
 
 
-def largest_steps(resolved: Resolved, num_micro_batches: int) -> list[tuple[int, int]]:
+def largest_steps(resolved: ResolvedConfig, num_micro_batches: int) -> list[tuple[int, int]]:
     """Return (kept tokens, position of the schedule) of the steps that may take most memory.
 
     The two longest: a dropped layer has buffers of its own beside its k rows, so that the longest

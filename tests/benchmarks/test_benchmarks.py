@@ -23,19 +23,12 @@ from lib import timing as bench_timing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_rltd.schedule import LayerTokens
-from megatron_rltd.tokens import ops
+from megatron_rltd.schedule import LayerTokenCost
 from tests.parallel import ROOT, environment
 
 S, B, H, LAYERS = 512, 3, 2, 22
 SHARES = [0.1, 0.25, 0.5, 0.75, 0.9]
 MOVES = bench_moves.moves(has_kernels=True)  # without compiled ones these are torch's too
-
-
-@pytest.fixture(autouse=True)
-def backend():
-    yield
-    ops.use_backend("auto")
 
 
 def inputs_of(share: float) -> bench_moves.Inputs:
@@ -230,7 +223,7 @@ def test_saving_over_the_schedule():
     assert len(weights) == 121
     assert math.isclose(sum(weights.values()), 1)
     assert weights[2048] == 0.3
-    tokens = LayerTokens(schedule, 24, 22)
+    tokens = LayerTokenCost(schedule, 24, 22)
 
     def cost(kept):
         return bench_gpt.operations(shape, kept, 22, is_causal=True)

@@ -27,12 +27,12 @@ STEPS = 500
 
 @pytest.fixture(scope="module")
 def plans():
-    """What megatron_rltd/commands/plan/command.py makes of the flags: Megatron's parser and scheduler, not `planned`."""
+    """What `plan` makes of the flags: Megatron's parser and scheduler, not `planned`."""
 
     def plan(name):
         words = training.run_flags(arms.ARMS[name], STEPS, seed=1, lr=1e-3, evaluations=1)
         at = words.index("--tokenizer-type")
-        command = [sys.executable, str(ROOT / "tools" / "plan_run.py"), "--json", "--"]
+        command = [sys.executable, "-m", "megatron_rltd", "plan", "--json", "--"]
         command += [*words[:at], *words[at + 2 :], "--vocab-size", "2048"]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

@@ -7,7 +7,7 @@ import shlex
 
 from megatron_rltd.commands.convert_deepspeed import command as convert_deepspeed_config
 from megatron_rltd.commands.convert_deepspeed.launch import Launch, parse_words
-from megatron_rltd.config import add_arguments, config_from_args
+from megatron_rltd.training.arguments import add_arguments, config_from_args
 
 
 def deepspeed(layers, low, high, steps, increment, batch, order="seq_batch_dim", **ltd):

@@ -1,12 +1,12 @@
-"""megatron_rltd/commands/convert_deepspeed/command.py against DeepSpeed's recipes, its formula and its logs."""
+"""`convert-deepspeed` against DeepSpeed's recipes, its formula and its logs."""
 
 from fractions import Fraction
 
 import pytest
 
-from megatron_rltd.commands.convert_deepspeed.budget import Run
-from megatron_rltd.config import Model, RandomLTDConfig, resolve
-from megatron_rltd.schedule import LayerTokens
+from megatron_rltd.commands.convert_deepspeed.budget import DeepSpeedRun
+from megatron_rltd.config import ModelFacts, RandomLTDConfig, resolve
+from megatron_rltd.schedule import LayerTokenCost
 from tests.commands.deepspeed_recipes import (
     FULL,
     GPT2,
@@ -38,7 +38,7 @@ def test_kept_lengths_are_deepspeeds_at_every_step(name):
     ltd = config["data_efficiency"]["data_routing"]["random_ltd"]
     options, rest = parse(convert(config, line).flags)
     seq_length = int(rest[rest.index("--seq-length") + 1])
-    resolved = resolve(options, Model(seq_length, ltd["total_layer_num"]))
+    resolved = resolve(options, ModelFacts(seq_length, ltd["total_layer_num"]))
     assert [n - 1 for n in resolved.dropped_layers] == ltd["random_ltd_layer_id"]
     steps = options.ramp_iters * 11 // 10
     lengths = list(deepspeed_lengths(config, steps))
@@ -59,8 +59,8 @@ def test_kept_lengths_are_deepspeeds_at_every_step(name):
 def test_logs_of_gpt2_finetuning(config, layers, log):
     budget = 1048 * 2 * 1024
     assert deepspeed_iterations(config, layers, budget, 2, micro_batches=2) == log
-    schedule = resolve(parse(convert(config).flags)[0], Model(1024, layers)).schedule
-    run = Run(schedule, layers, layers - 2, batch_size=4)
+    schedule = resolve(parse(convert(config).flags)[0], ModelFacts(1024, layers)).schedule
+    run = DeepSpeedRun(schedule, layers, layers - 2, batch_size=4)
     assert run.deepspeed_steps(budget) == run.steps(budget) == -(-log[0] // 2)
     warnings = convert(config, f"--random-ltd --train-tokens {budget}").warnings
     assert not [w for w in warnings if "rounds the tokens" in w]
@@ -68,8 +68,8 @@ def test_logs_of_gpt2_finetuning(config, layers, log):
 
 def test_log_of_vit_finetuning():
     options, _ = parse(convert(VIT).flags)
-    schedule = resolve(options, Model(197, 12)).schedule
-    assert LayerTokens(schedule, 12, 10).after(5474, 32).layer_tokens == 305_784_192
+    schedule = resolve(options, ModelFacts(197, 12)).schedule
+    assert LayerTokenCost(schedule, 12, 10).after(5474, 32).layer_tokens == 305_784_192
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_layers_count_from_one(ids, layers):
     config = changed(config, "random_ltd_layer_num", len(ids))
     options, _ = parse(convert(config).flags)
     assert options.layers == layers
-    dropped = resolve(options, Model(2048, 24)).dropped_layers
+    dropped = resolve(options, ModelFacts(2048, 24)).dropped_layers
     assert [n - 1 for n in dropped] == sorted(ids)
 
 

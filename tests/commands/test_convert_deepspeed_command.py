@@ -13,7 +13,7 @@ import pytest
 
 from megatron_rltd.commands.convert_deepspeed import command as convert_deepspeed_config
 from megatron_rltd.commands.convert_deepspeed import launch as deepspeed_launch
-from megatron_rltd.config import add_arguments
+from megatron_rltd.training.arguments import add_arguments
 from tests.commands.deepspeed_recipes import FULL, GPT3, RECIPES, changed, convert, gpt3
 
 ROOT = Path(__file__).parents[2]

@@ -213,7 +213,9 @@ def test_flags_are_checked_for_the_gpus_of_the_run():
 @pytest.mark.skipif(not SPLITS_ATTENTION, reason="there is less to print")
 def test_the_documentation_shows_what_is_printed():
     text = (ROOT / "docs" / "planning.md").read_text()
-    shown = re.findall(r"```bash\npython -m megatron_rltd plan (.*?)```\n\n```\n(.*?)```", text, re.S)
+    shown = re.findall(
+        r"```bash\npython -m megatron_rltd plan (.*?)```\n\n```\n(.*?)```", text, re.S
+    )
     assert shown
     for line, expected in shown:
         status, output = command(line.replace("\\\n", " "))

@@ -1,4 +1,4 @@
-"""The estimate of megatron_rltd/commands/plan/command.py: what the model of a GPU's time is told and what is shown."""
+"""The estimate of `plan --gpu`: what the model of a GPU's time is told and what is shown."""
 
 import json
 from dataclasses import asdict

@@ -7,12 +7,12 @@ import time
 import pytest
 
 from megatron_rltd.patching import versions
-from megatron_rltd.schedule import LayerTokens, Progress, Schedule
+from megatron_rltd.schedule import LayerTokenCost, Progress, Schedule
 from tests.megatron.test_budget import ramp_up
 from tests.megatron.test_training import BASE, LTD, MODEL, SEQ
 from tests.parallel import run, train
 
-from megatron_rltd.commands.plan.planned_run import Run, segments  # isort: skip  # of tools/, by tests.parallel
+from megatron_rltd.commands.plan.planned_run import PlannedRun, segments  # isort: skip  # of tools/, by tests.parallel
 
 SPLITS_ATTENTION = versions.release() >= (0, 18)
 GPT3 = (
@@ -207,7 +207,7 @@ def test_a_dense_run_on_the_same_samples_has_the_same_flags():
 # Without going through the steps.
 
 
-def walk(tokens: LayerTokens, batch_size, iterations: int) -> list[tuple[Progress, int, int]]:
+def walk(tokens: LayerTokenCost, batch_size, iterations: int) -> list[tuple[Progress, int, int]]:
     """Return [(where the run stands after a step, its kept length, its batch size)]."""
     steps, here = [], Progress()
     for iteration in range(iterations):
@@ -223,9 +223,9 @@ def walk(tokens: LayerTokens, batch_size, iterations: int) -> list[tuple[Progres
 @pytest.mark.parametrize("batch_size", [lambda samples: 3, ramp_up, lambda s: 2 + 2 * (s // 6)])
 @pytest.mark.parametrize("schedule", [Schedule(64, 16, 90, 8), Schedule(50, 7, 41, 3, 2)])
 def test_segments_are_the_steps(schedule, batch_size, ramp_in_samples):
-    tokens = LayerTokens(schedule, 6, 4, ramp_in_samples)
+    tokens = LayerTokenCost(schedule, 6, 4, ramp_in_samples)
     found = segments(tokens, batch_size, 150)
-    planned = Run(schedule.seq_length, 6, found, 0.0, None, lambda: None)
+    planned = PlannedRun(schedule.seq_length, 6, found, 0.0, None, lambda: None)
     steps = walk(tokens, batch_size, 150)
     assert planned.end == steps[-1][0]
     assert planned.at(0) == Progress()

@@ -28,7 +28,7 @@ class Fault:
     seen_in: str = ""
 
 
-IN_BLOCK = "block:plan_recomputation"
+IN_BLOCK, SUBSAMPLE = "model.block:plan_recomputation", "model.layer:subsample"
 KEPT = "next(iter(kept.values())).rows"
 WAITS, COPIES = "waits for the GPU", "copies from the GPU"
 ON_CPU = "a tensor on the CPU"
@@ -41,78 +41,76 @@ FAULTS: dict[str, Fault] = {
     "tolist": Fault(IN_BLOCK, f"{KEPT}.tolist()", WAITS),
     "cpu": Fault(IN_BLOCK, f"{KEPT}.cpu()", COPIES),
     "to cpu": Fault(IN_BLOCK, f"{KEPT}.to('cpu', non_blocking=True)", COPIES),
-    "item of the first only": Fault("layer:subsample", "kept.rows[0, 0].item()", WAITS),
+    "item of the first only": Fault(SUBSAMPLE, "kept.rows[0, 0].item()", WAITS),
     "swallowed": Fault(IN_BLOCK, f"try: {KEPT}.max().item()\nexcept BaseException: pass", WAITS),
     "list to the device": Fault(
-        "layer:subsample", "import torch; torch.tensor([0, 1], device=kept.rows.device)", ON_CPU
+        SUBSAMPLE,
+        "import torch; torch.tensor([0, 1], device=kept.rows.device)",
+        ON_CPU,
     ),
-    "list to cuda": Fault(
-        "layer:subsample", "import torch; torch.tensor([0, 1]).to('cuda')", ON_CPU
-    ),
-    "new_tensor": Fault("layer:subsample", "kept.rows.new_tensor([0, 1])", ON_CPU),
+    "list to cuda": Fault(SUBSAMPLE, "import torch; torch.tensor([0, 1]).to('cuda')", ON_CPU),
+    "new_tensor": Fault(SUBSAMPLE, "kept.rows.new_tensor([0, 1])", ON_CPU),
     "pinned": Fault(
-        "layer:subsample",
+        SUBSAMPLE,
         "import torch; torch.arange(2).pin_memory().cuda(non_blocking=True)",
         ON_CPU,
     ),
-    "list as index": Fault("layer:subsample", "kept.rows[:, [0, 1]]", ON_CPU),
-    "index on the CPU": Fault(
-        "layer:subsample", "import torch; kept.rows[:, torch.arange(2)]", ON_CPU
-    ),
+    "list as index": Fault(SUBSAMPLE, "kept.rows[:, [0, 1]]", ON_CPU),
+    "index on the CPU": Fault(SUBSAMPLE, "import torch; kept.rows[:, torch.arange(2)]", ON_CPU),
     "samples on the CPU": Fault(
-        "random_ltd:RandomLTD._samples",
+        "model.kept:sample_indices",
         "import torch; device = torch.device('cpu')",
         ON_CPU,
-        "ops:sample",
+        "tokens.ops:sample_positions",
     ),
-    "boolean mask": Fault("layer:subsample", "kept.rows[kept.rows > 3]", WAITS),
-    "masked_select": Fault("layer:subsample", "kept.rows.masked_select(kept.rows > 3)", WAITS),
-    "nonzero": Fault("layer:subsample", "(kept.rows > 3).nonzero()", WAITS),
-    "unique": Fault("layer:subsample", "kept.rows.unique()", WAITS),
-    "repeats": Fault("layer:subsample", "kept.rows[0].repeat_interleave(kept.rows[0])", WAITS),
-    "equal": Fault("layer:subsample", "kept.rows.equal(kept.local)", WAITS),
-    "printed": Fault("layer:subsample", "str(kept.rows)", "prints a tensor"),
-    "synchronize": Fault("layer:subsample", "import torch; torch.cuda.synchronize()", WAITS),
-    "synchronize any": Fault(
-        "layer:subsample", "import torch; torch.accelerator.synchronize()", WAITS
-    ),
+    "boolean mask": Fault(SUBSAMPLE, "kept.rows[kept.rows > 3]", WAITS),
+    "masked_select": Fault(SUBSAMPLE, "kept.rows.masked_select(kept.rows > 3)", WAITS),
+    "nonzero": Fault(SUBSAMPLE, "(kept.rows > 3).nonzero()", WAITS),
+    "unique": Fault(SUBSAMPLE, "kept.rows.unique()", WAITS),
+    "repeats": Fault(SUBSAMPLE, "kept.rows[0].repeat_interleave(kept.rows[0])", WAITS),
+    "equal": Fault(SUBSAMPLE, "kept.rows.equal(kept.local)", WAITS),
+    "printed": Fault(SUBSAMPLE, "str(kept.rows)", "prints a tensor"),
+    "synchronize": Fault(SUBSAMPLE, "import torch; torch.cuda.synchronize()", WAITS),
+    "synchronize any": Fault(SUBSAMPLE, "import torch; torch.accelerator.synchronize()", WAITS),
     "array": Fault(
-        "layer:subsample",
+        SUBSAMPLE,
         "import numpy, torch\ntorch.from_numpy(numpy.arange(3)).to(kept.rows.device)",
         ON_CPU,
     ),
     "collective": Fault(
-        "layer:subsample", "import torch; torch.distributed.all_reduce(kept.rows)", "other ranks"
+        SUBSAMPLE,
+        "import torch; torch.distributed.all_reduce(kept.rows)",
+        "other ranks",
     ),
-    "stream": Fault(
-        "layer:subsample", "import torch; torch.cuda.current_stream().synchronize()", WAITS
-    ),
-    "empty_cache": Fault("layer:subsample", "import torch; torch.cuda.empty_cache()", WAITS),
+    "stream": Fault(SUBSAMPLE, "import torch; torch.cuda.current_stream().synchronize()", WAITS),
+    "empty_cache": Fault(SUBSAMPLE, "import torch; torch.cuda.empty_cache()", WAITS),
     "in recomputation only": Fault(
-        "layer:subsample",
+        SUBSAMPLE,
         "import torch\nif torch.is_grad_enabled(): kept.rows.max().item()",
         WAITS,
     ),
-    "in backward of split": Fault("ops:_Split.backward", "grad_tokens.sum().item()", WAITS),
-    "in backward of exchange": Fault("ops:_Exchange.backward", "grad_next.cpu()", COPIES),
+    "in backward of split": Fault("tokens.ops:_Split.backward", "grad_tokens.sum().item()", WAITS),
+    "in backward of exchange": Fault("tokens.ops:_Exchange.backward", "grad_next.cpu()", COPIES),
     "in backward of merge": Fault(
-        "ops:_Merge.backward", "import torch; torch.tensor([1], device=grad.device)", ON_CPU
+        "tokens.ops:_Merge.backward", "import torch; torch.tensor([1], device=grad.device)", ON_CPU
     ),
     "in torch's own backward": Fault(
-        "layer:forward",
+        "model.layer:run_layer",
         "x = kwargs['hidden_states']\nkwargs['hidden_states'] = x + x.mean().to('cpu').to('cuda')",
         COPIES,
     ),
     "in a data structure of Megatron's": Fault(
-        "layer:subsample",
+        SUBSAMPLE,
         "import torch\nfrom megatron.core.packed_seq_params import PackedSeqParams\n"
         "offsets = torch.arange(3, device=kept.rows.device)\n"
         "PackedSeqParams('thd', offsets, offsets, total_tokens=9)",
         WAITS,
     ),
-    "tokens on the CPU": Fault("token_drop:Run.enter", "indices = indices.cpu()", COPIES),
+    "tokens on the CPU": Fault(
+        "model.block:BorrowedRows.borrow", "indices = indices.cpu()", COPIES
+    ),
     "buffer not contiguous": Fault(
-        "ops:_Merge.forward", "buffer = buffer.transpose(0, 1)", "not contiguous"
+        "tokens.ops:_Merge.forward", "buffer = buffer.transpose(0, 1)", "not contiguous"
     ),
 }
 

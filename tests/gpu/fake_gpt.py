@@ -4,6 +4,7 @@ Shapes: s sequence length, b micro batch, n heads, d head size, t = b * s tokens
 """
 
 import contextlib
+import functools
 import sys
 import traceback
 from collections import Counter
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rltd import RandomLTD, RandomLTDConfig, join_micro_batches
-from megatron_rltd.tokens import ops
-from megatron_rltd.training import patches
+from megatron_rltd.model.layer import fused_rotary
 from tests.gpu import fake_gpu
 from tests.gpu.fake_gpu import Guard
 
@@ -207,7 +207,7 @@ def _stand_ins(case: Case) -> Iterator[None]:
     def no_fp8(*args, **kwargs):
         return contextlib.nullcontext()
 
-    fused = patches._fused_apply_rotary_pos_emb(_rotary_kernel)
+    fused = functools.partial(fused_rotary, _rotary_kernel)
     with contextlib.ExitStack() as stack:
         if case.fp8_recompute:
             for module in ("recompute", "transformer.transformer_block"):
@@ -298,8 +298,6 @@ def run(case: Case, attention: Any = None) -> Result:
                 pass  # it is in guard.found
             except Exception as error:
                 result.found.append(_described(error))
-            finally:
-                ops.use_backend("auto")
             result.found += guard.found
     return result
 

@@ -1,6 +1,7 @@
 """Megatron's GPT with random-LTD on a GPU that is made up: what would break or wait on a real one.
 
-Two processes run all cases; see tests/gpu/fake_gpu.py for how, and docs/testing.md for what this shows.
+Two processes run all cases; see tests/gpu/fake_gpu.py for how, and docs/testing.md for what this
+shows.
 """
 
 import json
@@ -111,5 +112,5 @@ def test_faults_are_found(name, results):
     assert found, "the guard saw nothing"
     assert fault.found in found[0]
     module, function = (fault.seen_in or fault.function).split(":")
-    assert f"megatron_rltd/{module}.py:" in found[0]
+    assert f"megatron_rltd/{module.replace('.', '/')}.py:" in found[0]
     assert found[0].endswith(f"in {function.split('.')[-1]}")

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rltd.model.token_drop import Run
-from megatron_rltd.tokens import kernels, ops, reference
+from megatron_rltd.model.block import BorrowedRows
+from megatron_rltd.tokens import kernels, reference
 from megatron_rltd.tokens.sampling import kept_indices
 from tests.unit.op_cases import OPERATIONS, Case, check, compare, places, random_case
 
@@ -73,7 +73,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-    ops.use_backend("auto")
 
 
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
@@ -129,7 +128,6 @@ def test_samples(length, strata, library, device):
 def test_run_forward_and_backward(dtype, library, device):
     """A run of layers with poisoned buffers, against plain indexing and its gradients."""
     torch.use_deterministic_algorithms(False)  # whose index_copy_ is another one
-    ops.use_backend("torch" if library is reference else "auto")
     generator = torch.Generator().manual_seed(SEED)
     start = torch.randn(50, 3, 40, generator=generator).to(device, dtype).requires_grad_()
     upstream = torch.randn(50, 3, 40, generator=generator).to(device, dtype)
@@ -137,12 +135,12 @@ def test_run_forward_and_backward(dtype, library, device):
     sets = [case.indices.to(device) for case in cases]
 
     def by_run(hidden: Tensor) -> Tensor:
-        run = Run()
+        borrowed = BorrowedRows(library)
         for number, indices in enumerate(sets):
-            tokens = run.enter(hidden, indices)
+            tokens = borrowed.borrow(hidden, indices)
             rows = reference.flat_rows(indices).long()
-            run._buffer.detach().view(-1, 40).index_fill_(0, rows, float("nan"))
-            hidden = run.leave(tokens * (number - 1.5), last=number == len(sets) - 1)
+            borrowed._buffer.detach().view(-1, 40).index_fill_(0, rows, float("nan"))
+            hidden = borrowed.give_back(tokens * (number - 1.5), last=number == len(sets) - 1)
         return hidden
 
     def by_indexing(hidden: Tensor) -> Tensor:

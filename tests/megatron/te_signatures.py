@@ -1,7 +1,7 @@
 """The signatures of Transformer Engine, and of Megatron's functions on it, that random-LTD meets.
 
-    python -m tests.megatron.te_signatures            # how the one installed differs from the golden file
-    python -m tests.megatron.te_signatures --write    # rewrite tests/golden/transformer_engine.json from it
+    python -m tests.megatron.te_signatures            # how the one installed differs from the file
+    python -m tests.megatron.te_signatures --write    # rewrite tests/golden/transformer_engine.json
 
 The golden file is made where Transformer Engine is installed; where it is not, the tests hold what
 random-LTD passes on against it.

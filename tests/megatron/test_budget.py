@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_rltd.patching import versions
-from megatron_rltd.schedule import LayerTokens, Schedule
+from megatron_rltd.schedule import LayerTokenCost, Schedule
 from tests.megatron.test_training import FORMAT, LAYERS, MODEL, SEQ, error_of
 from tests.parallel import Training, train
 
@@ -190,7 +190,7 @@ def test_another_batch_size_without_its_learning_rate(tmp_path):
 
 
 def test_a_budget_is_quick_to_plan_at_any_size():
-    tokens = LayerTokens(Schedule(131_072, 1024, 1_000_000, 16), 128, 126)
+    tokens = LayerTokenCost(Schedule(131_072, 1024, 1_000_000, 16), 128, 126)
     calls = []
 
     def batch_size(samples: int) -> int:

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from megatron_rltd.config import RankConfigError
 from megatron_rltd.cpu import adapter
 from megatron_rltd.cpu.modules import GroupStepAdam
 from megatron_rltd.patching import versions
@@ -48,7 +49,9 @@ def test_group_step_adam_resumes_from_its_state():
 
 
 def names_in_force():
-    return {patch.target: patch.resolve()[2] for patch in versions.rows(adapter.PATCHES)}
+    return {
+        patch.target: patch.resolve()[2] for patch in versions.rows_for_release(adapter.PATCHES)
+    }
 
 
 def test_enable_is_reversible():
@@ -69,7 +72,7 @@ def test_enable_is_reversible():
 def test_enable_is_refused_where_there_is_cuda(monkeypatch):
     before = names_in_force()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(RuntimeError, match="only for machines without a CUDA device"):
+    with pytest.raises(RankConfigError, match="only where there is no CUDA device: omit --cpu"):
         adapter.enable()
     assert all(names_in_force()[name] is value for name, value in before.items())
 
@@ -193,6 +196,7 @@ def test_models_can_still_be_made_on_the_meta_device():
     # In a process of its own, for torch remembers what it acts on.
     code = """
 import torch
+from megatron_rltd.config import RankConfigError
 from megatron_rltd.cpu import adapter
 with adapter.enabled():
     with torch.device("meta"):

@@ -3,22 +3,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_rltd.model.block import plan_angles
+from megatron_rltd.model.block import LayerPlan, plan_angles
+from megatron_rltd.model.kept import KeptTokens
 from megatron_rltd.model.layer import (
-    KeptTokens,
-    MicroBatch,
-    angles_of_layers,
-    forward,
     fused_rotary,
-    kept_angles,
+    gather_angles,
     kept_mask,
     kept_padding,
+    run_layer,
     subsample,
 )
+from megatron_rltd.tokens import ops
 
 S, B = 8, 3
 INDICES = torch.tensor([[0, 3, 5], [1, 2, 7], [4, 5, 6]], dtype=torch.int32)
 KEPT = KeptTokens(rows=INDICES, local=INDICES, positions=INDICES, length=S)
+LIBRARY = ops.find_library("auto")
+
+
+def kept_angles(angles, local):
+    """Return the angles of one layer."""
+    return gather_angles(angles, {5: KeptTokens(local, local, local, S)}, None)[5]
 
 
 def test_angles_are_those_of_the_true_positions():
@@ -48,7 +53,7 @@ def test_angles_of_shared_indices_stay_shared():
 @pytest.mark.parametrize("queries", [1, S])
 def test_masks_lose_rows_and_columns(batch, queries):
     mask = torch.rand(batch, 1, queries, S) < 0.5
-    got = kept_mask(mask, KEPT)
+    got = kept_mask(mask, KEPT, LIBRARY)
     for j in range(B):
         full = mask[j if batch > 1 else 0, 0]
         index = INDICES[j].long()
@@ -65,13 +70,13 @@ def test_mask_rows_are_local_and_columns_global_under_context_parallelism():
         positions=torch.tensor([[0, 2, 5, 7]], dtype=torch.int32),
         length=S,
     )
-    got = kept_mask(mask, kept)
+    got = kept_mask(mask, kept, LIBRARY)
     assert torch.equal(got[0, 0], mask[0, 0][[0, 3]][:, [0, 2, 5, 7]])
 
 
 def test_padding_mask():
     mask = torch.rand(B, S) < 0.5
-    got = kept_padding(mask, KEPT)
+    got = kept_padding(mask, KEPT, LIBRARY)
     for j in range(B):
         assert torch.equal(got[j], mask[j, INDICES[j].long()])
 
@@ -85,10 +90,10 @@ def test_subsample_touches_what_depends_on_positions_only():
         "sequence_len_offset": 3,
         "packed_seq_params": None,
     }
-    got = subsample(arguments, KEPT)
+    got = subsample(arguments, KEPT, LIBRARY)
     assert torch.equal(got["rotary_pos_emb"][0], kept_angles(angles, INDICES))
     assert got["rotary_pos_emb"][1] is None
-    assert torch.equal(got["attention_mask"], kept_mask(mask, KEPT))
+    assert torch.equal(got["attention_mask"], kept_mask(mask, KEPT, LIBRARY))
     assert got["sequence_len_offset"] == 3
     assert arguments["attention_mask"] is mask
 
@@ -105,13 +110,13 @@ def layers_kept(positions=INDICES):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_angles_of_all_layers_at_once(local, batch, dtype):
     angles, kept = torch.randn(S, batch, 1, 4).to(dtype), layers_kept(local)
-    at_once = angles_of_layers(angles, kept, None)
+    at_once = gather_angles(angles, kept, None)
     assert at_once.keys() == kept.keys()
     for number, layer in kept.items():
-        alone = subsample({"rotary_pos_emb": angles}, layer)["rotary_pos_emb"]
+        alone = subsample({"rotary_pos_emb": angles}, layer, LIBRARY)["rotary_pos_emb"]
         assert torch.equal(at_once[number], alone)
         assert at_once[number].is_contiguous(), "the fused kernel would copy it"
-        given = subsample({"rotary_pos_emb": angles}, layer, at_once[number])
+        given = subsample({"rotary_pos_emb": angles}, layer, LIBRARY, at_once[number])
         assert given["rotary_pos_emb"] is at_once[number]
     assert not torch.equal(at_once[3], at_once[4])
 
@@ -119,9 +124,9 @@ def test_angles_of_all_layers_at_once(local, batch, dtype):
 def test_angles_in_tuples_at_once():
     first, second, kept = torch.randn(S, 1, 1, 4), torch.randn(S, 1, 1, 2), layers_kept()
     for rotary in [(first, second), (first, None), [first, first]]:
-        at_once = angles_of_layers(rotary, kept, None)
+        at_once = gather_angles(rotary, kept, None)
         for number, layer in kept.items():
-            alone = subsample({"rotary_pos_emb": rotary}, layer)["rotary_pos_emb"]
+            alone = subsample({"rotary_pos_emb": rotary}, layer, LIBRARY)["rotary_pos_emb"]
             for ours, theirs in zip(at_once[number], alone, strict=True):
                 assert ours is theirs is None or torch.equal(ours, theirs)
 
@@ -131,25 +136,20 @@ def test_a_layer_that_is_given_other_angles_than_its_block_uses_those():
     of_block, others = torch.randn(S, 1, 1, 4), torch.randn(S, 1, 1, 4)
     layer = SimpleNamespace(layer_number=4)
     for rotary in (of_block, others, None):
-        micro_batch = MicroBatch(
-            None,
-            kept,
-            run_ends=frozenset(kept),
-            rotary=of_block,
-            angles=angles_of_layers(of_block, kept, None),
-        )
-        _, got = forward(
+        plan = LayerPlan(None, kept, frozenset(kept), frozenset(), LIBRARY)
+        plan.rotary, plan.angles = of_block, gather_angles(of_block, kept, None)
+        _, got = run_layer(
             layer,
             lambda hidden_states, rotary_pos_emb, **kwargs: (hidden_states, rotary_pos_emb),
             hidden_states=hidden,
             rotary_pos_emb=rotary,
-            packed_seq_params=micro_batch,
+            packed_seq_params=plan,
         )
         if rotary is None:
             assert got is None
         else:
             assert torch.equal(got, kept_angles(rotary, kept[4].local))
-        assert (got is micro_batch.angles[4]) == (rotary is of_block)
+        assert (got is plan.angles[4]) == (rotary is of_block)
 
 
 @pytest.mark.parametrize(

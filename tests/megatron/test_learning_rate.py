@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_rltd.config import ConfigError, Model, RandomLTDConfig, resolve
+from megatron_rltd.config import ConfigError, ModelFacts, RandomLTDConfig, resolve
 from megatron_rltd.model.random_ltd import RandomLTD
 from megatron_rltd.schedule import Schedule
 from megatron_rltd.training.learning_rate import LayerTokenScheduler
@@ -26,7 +26,7 @@ from tests.parallel import run, train, train_on_this_rank
 
 # Numbers that divide nothing.
 CONFIG = RandomLTDConfig(min_tokens=7, ramp_iters=31, increment=3)
-MODEL = Model(seq_length=97, num_layers=7)
+MODEL = ModelFacts(seq_length=97, num_layers=7)
 DENSE = 97 * 7
 STYLES = [
     ("constant", None),
@@ -156,7 +156,7 @@ def test_state_goes_to_plain_megatron_and_back():
 
 def test_a_count_of_another_sequence_length_is_converted():
     _, ours = advanced()
-    longer = random_ltd(model=Model(seq_length=194, num_layers=7))
+    longer = random_ltd(model=ModelFacts(seq_length=194, num_layers=7))
     loaded = LayerTokenScheduler(megatron_scheduler(), longer)
     loaded.load_state_dict(ours.state_dict())
     assert loaded.layer_tokens == 2 * ours.layer_tokens

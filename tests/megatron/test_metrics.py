@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_rltd.config import Model, RandomLTDConfig, resolve
+from megatron_rltd.config import ModelFacts, RandomLTDConfig, resolve
 from megatron_rltd.model.random_ltd import RandomLTD
 from megatron_rltd.patching import versions
 from megatron_rltd.training.metrics import (
@@ -126,7 +126,7 @@ def test_packed_sums_are_scaled():
     with one_process():
         args = arguments(build("rope", num_layers=LAYERS).config)
     config = RandomLTDConfig(min_tokens=8, constant=True)
-    resolved = resolve(config, Model(seq_length=SEQ, num_layers=LAYERS))
+    resolved = resolve(config, ModelFacts(seq_length=SEQ, num_layers=LAYERS))
     # Whole documents of the sequence length are what is not packed.
     sums = dict(
         seqlen_squared_sum_in_batch=float(BATCH * SEQ**2), total_real_tokens_in_batch=BATCH * SEQ

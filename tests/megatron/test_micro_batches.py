@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_rltd import RandomLTD, RandomLTDConfig, join_micro_batches
-from megatron_rltd.config import ConfigError, Model, resolve
+from megatron_rltd.config import ConfigError, ModelFacts, resolve
 from megatron_rltd.model.micro_batches import _join_packed
 from megatron_rltd.training.preflight import largest_steps
 from tests import gpt
@@ -18,7 +18,9 @@ S, L = 2048, 24  # of the paper's 1.3B
 
 def resolved(model=None, **options):
     config = {"min_tokens": 128, "ramp_iters": 1000, "grow_micro_batch": 8, **options}
-    return resolve(RandomLTDConfig(**config), Model(seq_length=S, num_layers=L, **(model or {})))
+    return resolve(
+        RandomLTDConfig(**config), ModelFacts(seq_length=S, num_layers=L, **(model or {}))
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_rltd import RandomLTD, RandomLTDConfig
-from megatron_rltd.model.layer import KeptTokens, angles_of_layers, check_arguments
-from megatron_rltd.model.packed import flatten_samples, kept_packed_angles, kept_packed_seq_params
+from megatron_rltd.model.kept import KeptTokens
+from megatron_rltd.model.layer import check_arguments, gather_angles
+from megatron_rltd.model.packed import kept_packed_angles, kept_packed_seq_params
+from megatron_rltd.tokens.shards import positions_end_to_end
 from tests import gpt
 from tests.parallel import run
 
@@ -34,13 +36,13 @@ def packed(offsets=OFFSETS, **more):
 def kept_positions(kept=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randperm(gpt.SEQ, generator=generator)[:kept].sort().values for _ in range(3)]
-    return flatten_samples(torch.stack(rows).to(torch.int32)[None], gpt.BATCH, gpt.SEQ)[0]
+    return positions_end_to_end(torch.stack(rows).to(torch.int32)[None], gpt.BATCH, gpt.SEQ)[0]
 
 
 def test_samples_are_laid_end_to_end():
     positions = torch.tensor([[[1, 4], [0, 3]]], dtype=torch.int32)
-    assert flatten_samples(positions, 2, 5).tolist() == [[[1, 4, 5, 8]]]
-    assert flatten_samples(positions[:, :1], 3, 5).tolist() == [[[1, 4, 6, 9, 11, 14]]]
+    assert positions_end_to_end(positions, 2, 5).tolist() == [[[1, 4, 5, 8]]]
+    assert positions_end_to_end(positions[:, :1], 3, 5).tolist() == [[[1, 4, 6, 9, 11, 14]]]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -109,7 +111,7 @@ def test_angles_are_those_of_the_position_in_the_document(rows):
 def test_angles_of_all_layers_at_once(rows):
     angles, sets = torch.randn(rows, 1, 1, 4), [kept_positions(seed=seed) for seed in (1, 2, 3)]
     kept = {n: KeptTokens(rows=i, local=i, positions=i, length=T) for n, i in enumerate(sets)}
-    at_once = angles_of_layers(angles, kept, packed())
+    at_once = gather_angles(angles, kept, packed())
     for number, positions in enumerate(sets):
         alone = kept_packed_angles(angles, packed(), positions, T)
         assert torch.equal(at_once[number], alone)

@@ -1,3 +1,4 @@
+import argparse
 import importlib.metadata
 import json
 import subprocess
@@ -8,11 +9,15 @@ import pytest
 
 from megatron_rltd.patching import mechanism, versions
 from megatron_rltd.training import patches
+from megatron_rltd.training.arguments import add_arguments
+from megatron_rltd.training.state import Training
 from tests.parallel import ROOT, environment, run
+
+PATCHES = patches.patches_of(Training())
 
 
 def resolved():
-    return {patch.target: patch.resolve()[2] for patch in versions.rows(patches.PATCHES)}
+    return {patch.target: patch.resolve()[2] for patch in versions.rows_for_release(PATCHES)}
 
 
 def test_the_installed_megatron_is_tested():
@@ -34,14 +39,14 @@ def test_the_ranks_of_tests_run_the_same_megatron():
 def contract(row):
     """Return the original if the row is for this Megatron; else its symbol must not be there."""
     if row.is_for(versions.release()):
-        assert mechanism.check(row, versions.known()) == []
+        assert mechanism.find_problems(row, versions.tested_fingerprints()) == []
         return row.resolve()[2]
     with pytest.raises(mechanism.PatchError, match="does not exist"):
         row.resolve()
     return None
 
 
-@pytest.mark.parametrize("patch", patches.PATCHES, ids=lambda patch: patch.target)
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.target)
 def test_contract_of_each_row(patch):
     original = contract(patch)
     if original is not None:  # fused_apply_rotary_pos_emb without Transformer Engine
@@ -70,7 +75,7 @@ def test_versions_are_within_the_declared_window():
 
 def test_apply_and_revert_leave_no_trace():
     before = resolved()
-    applied = patches.apply()
+    applied = patches.apply(Training())
     changed = [name for name, value in resolved().items() if value is not before[name]]
     assert set(changed) == {name for name, value in before.items() if value is not None}
     applied.revert()
@@ -82,14 +87,14 @@ def test_an_unknown_source_stops_everything(monkeypatch):
     target = "megatron.training.training:train_step"
     monkeypatch.setitem(versions.known_fingerprints(), target, {"0.17.0": "0" * 16})
     with pytest.raises(versions.VersionError) as error:
-        patches.apply()
+        patches.apply(Training())
     message = str(error.value)
     assert f"megatron-core {versions.megatron_version()} is not one" in message
     assert f"{target} has source fingerprint" in message
     assert versions.ALLOW_UNTESTED in message
     assert all(resolved()[name] is value for name, value in before.items())
     monkeypatch.setenv(versions.ALLOW_UNTESTED, "1")
-    patches.apply().revert()
+    patches.apply(Training()).revert()
 
 
 def test_a_missing_symbol_stops_everything_even_so(monkeypatch):
@@ -101,11 +106,11 @@ def test_a_missing_symbol_stops_everything_even_so(monkeypatch):
     with pytest.raises(
         versions.VersionError, match="check_checkpoint_args does not exist"
     ) as error:
-        patches.apply()
+        patches.apply(Training())
     for version in (versions.megatron_version(), *versions.tested_versions()):
         assert version in str(error.value)
     del before["megatron.training.checkpointing:check_checkpoint_args"]
-    rows = versions.rows(patches.PATCHES)
+    rows = versions.rows_for_release(PATCHES)
     rest = {p.target: p.resolve()[2] for p in rows if p.target in before}
     assert all(rest[name] is value for name, value in before.items())
 
@@ -115,15 +120,15 @@ def test_what_is_relied_on_must_be_there_too(monkeypatch):
 
     monkeypatch.delattr(TransformerBlock, "forward")
     with pytest.raises(versions.VersionError, match="TransformerBlock.forward"):
-        patches.apply()
+        patches.apply(Training())
 
 
 def test_a_release_lacks_what_only_others_have(monkeypatch):
     monkeypatch.setattr(versions, "megatron_version", lambda: "0.17.0rc0")
     assert versions.release() == (0, 17)
-    old = {row.target for row in versions.rows(versions.RELIED_ON + patches.PATCHES)}
+    old = {row.target for row in versions.rows_for_release(versions.RELIED_ON + PATCHES)}
     monkeypatch.setattr(versions, "megatron_version", lambda: "0.20.0")
-    new = {row.target for row in versions.rows(versions.RELIED_ON + patches.PATCHES)}
+    new = {row.target for row in versions.rows_for_release(versions.RELIED_ON + PATCHES)}
     assert old - new == {
         "megatron.core.transformer.transformer_block:TransformerBlock._checkpointed_forward",
         "megatron.training.initialize:validate_args",
@@ -138,14 +143,13 @@ def test_a_copy_made_too_early_stops_everything(monkeypatch):
     script.train_step = train_step
     monkeypatch.setitem(sys.modules, "a_users_script", script)
     with pytest.raises(versions.VersionError, match="a_users_script imported .*train_step by name"):
-        patches.apply()
+        patches.apply(Training())
 
 
-def test_every_wrapper_calls_the_original(monkeypatch):
-    # With no run active, each replacement must do what the original does.
-    monkeypatch.setattr("megatron_rltd.training.state._random_ltd", None)
-    monkeypatch.setattr("megatron_rltd.training.state.start", lambda args: None)
-    for patch in patches.PATCHES:
+def test_every_wrapper_calls_the_original():
+    # In a training without random-LTD, each replacement must do what the original does.
+    args = add_arguments(argparse.ArgumentParser()).parse_args([])
+    for patch in PATCHES:
         calls = []
 
         def original(*args, calls=calls, **kwargs):
@@ -160,7 +164,7 @@ def test_every_wrapper_calls_the_original(monkeypatch):
 
             arguments = torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 4)
         else:
-            arguments = types.SimpleNamespace(), types.SimpleNamespace()
+            arguments = args, types.SimpleNamespace()
         assert replacement(*arguments) == ["original"], patch.target
         assert calls == [(arguments, {})], patch.target
 
@@ -189,7 +193,7 @@ def test_the_fingerprint_tool_agrees_with_the_file():
     output = subprocess.run(
         command, check=True, cwd=ROOT, env=environment(), capture_output=True, text=True
     ).stdout
-    stored = json.loads((ROOT / "megatron_rltd" / "fingerprints.json").read_text())
+    stored = json.loads((ROOT / "megatron_rltd" / "patching" / "fingerprints.json").read_text())
     lines = [line.split() for line in output.splitlines()]
     version = versions.megatron_version()
     assert {symbol for _, symbol in lines} == {s for s in stored if version in stored[s]}

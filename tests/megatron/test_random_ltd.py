@@ -142,7 +142,7 @@ def test_kept_length_follows_the_schedule():
     random_ltd = attached(model, constant=False, min_tokens=4, ramp_iters=6, increment=2)
     for iteration, kept in enumerate((4, 6, 8, 10, 12, 14, 16)):
         step(random_ltd, iteration=iteration)
-        assert random_ltd.kept_tokens == kept
+        assert random_ltd.step.kept_tokens == kept
         expected = {} if kept == gpt.SEQ else expected_kept([2, 3, 4, 5], kept=kept)
         plain = gpt.plain_loss(model, expected)
         torch.testing.assert_close(gpt.loss_of(model), plain, rtol=1e-12, atol=0)

@@ -2,15 +2,15 @@ import argparse
 
 import pytest
 
-from megatron_rltd.config import ConfigError, RandomLTDConfig, add_arguments
+from megatron_rltd.config import ConfigError, RandomLTDConfig
 from megatron_rltd.patching import versions
 from megatron_rltd.refusals import (
     REFUSALS,
+    find_refused,
+    find_refused_in_model,
     refuse_command_line,
-    refused,
-    refused_in_model,
-    validate,
 )
+from megatron_rltd.training.arguments import add_arguments, resolve_args
 
 GROW = "--random-ltd-grow-micro-batch"
 # How a user asks for each refused feature.
@@ -77,8 +77,8 @@ def test_every_refusal_has_a_command_line():
 
 def test_an_ordinary_run_is_not_refused(parser):
     args = parser.parse_args(MODEL.split())
-    assert refused(args) == []
-    assert validate(args).dropped_layers == (2, 3)
+    assert find_refused(args) == []
+    assert resolve_args(args).dropped_layers == (2, 3)
 
 
 @pytest.mark.parametrize("flag", sorted(f for f, line in COMMAND_LINES.items() if line))
@@ -90,11 +90,11 @@ def test_refused_features(parser, flag):
             parser.parse_args(command_line)
         return
     args = parser.parse_args(command_line)
-    problems = refused(args)
+    problems = find_refused(args)
     assert len(problems) == 1
     assert problems[0].startswith(flag)
     with pytest.raises(ConfigError, match=flag.split()[0]):
-        validate(args)
+        resolve_args(args)
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,13 @@ def test_refused_features(parser, flag):
 def test_features_without_a_flag_of_their_own(parser, name, value):
     args = parser.parse_args([*MODEL.split(), GROW, "2"])
     setattr(args, name, value)
-    assert len(refused(args)) == 1
+    assert len(find_refused(args)) == 1
 
 
 def test_all_problems_are_reported_at_once(parser):
     line = f"{MODEL} --perform-rl-step --tp-comm-overlap --random-ltd-layers 9"
     with pytest.raises(ConfigError) as error:
-        validate(parser.parse_args(line.split()))
+        resolve_args(parser.parse_args(line.split()))
     assert len(error.value.problems) == 3
 
 
@@ -125,14 +125,14 @@ def test_a_transformer_config_is_refused_alike():
     from megatron.core.transformer import TransformerConfig
 
     plain = TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4)
-    assert refused(plain) == []
+    assert find_refused(plain) == []
     plain.tp_comm_overlap = True
-    assert refused(plain)[0].startswith("--tp-comm-overlap")
+    assert find_refused(plain)[0].startswith("--tp-comm-overlap")
     plain.tp_comm_overlap, plain.calculate_per_token_loss = False, True
-    assert refused(plain) == []
+    assert find_refused(plain) == []
     plain.num_moe_experts = 4
-    assert refused(plain)[0].startswith("--calculate-per-token-loss")
+    assert find_refused(plain)[0].startswith("--calculate-per-token-loss")
     plain.num_moe_experts, plain.mtp_num_layers = None, 1
-    assert refused_in_model(plain, RandomLTDConfig()) == []
-    (problem,) = refused_in_model(plain, RandomLTDConfig(grow_micro_batch=2))
+    assert find_refused_in_model(plain, RandomLTDConfig()) == []
+    (problem,) = find_refused_in_model(plain, RandomLTDConfig(grow_micro_batch=2))
     assert problem.startswith(f"{GROW} with --mtp-num-layers")

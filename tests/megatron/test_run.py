@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import re
+import socket
 import subprocess
 import sys
 
@@ -10,8 +11,9 @@ from megatron_rltd.config import FIELDS, flag
 from megatron_rltd.cpu import adapter
 from megatron_rltd.patching import versions
 from megatron_rltd.training import patches
+from megatron_rltd.training.state import Training
 from tests.megatron.test_training import BASE, LTD
-from tests.parallel import environment, free_port, run_all
+from tests.parallel import RankError, environment, free_port, run_all
 
 
 def _main(argv):
@@ -27,7 +29,12 @@ def _main(argv):
 
 
 def cli(line: str, world_size: int = 1) -> tuple[int, str]:
-    """Return exit status and output of ``python -m megatron_rltd LINE`` on every rank."""
+    """Return exit status and output of ``python -m megatron_rltd LINE`` on every rank.
+
+    Where LINE trains, on the CPU.
+    """
+    if line.startswith("pretrain_gpt"):
+        line += " --cpu"
     results = run_all(world_size, _main, line.split())
     assert len({r["value"] for r in results}) == 1
     return results[0]["value"], "".join(r["output"] for r in results)
@@ -42,7 +49,7 @@ def test_usage():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--chekc", "the first argument must be a script, not --chekc"),
+        ("--chekc", "the first argument must be a script or a command, not --chekc"),
         ("missing.py --num-layers 2", "there is no script missing.py; bundled: pretrain_gpt"),
     ],
 )
@@ -67,21 +74,22 @@ def _main_with_transformer_engine(argv):
         return _main(argv)
 
 
-@pytest.mark.parametrize("line", [f"pretrain_gpt {BASE}", "--check"])
+@pytest.mark.parametrize("line", [f"pretrain_gpt {BASE} --cpu", "check"])
 def test_no_training_on_a_cpu_with_transformer_engine(line):
     (result,) = run_all(1, _main_with_transformer_engine, line.split())
-    assert result["value"] == (1 if line == "--check" else 2)
+    assert result["value"] == (1 if line == "check" else 2)
     assert "Traceback" not in result["output"]
     assert "Transformer Engine is installed here" in result["output"]
     assert "an environment without it" in result["output"]
 
 
 def test_check_lists_every_patch():
-    status, output = cli("--check")
+    status, output = cli("check")
     assert status == 0
-    for patch in versions.rows(patches.PATCHES):
+    assert cli("--check") == (status, output)  # as it was called in 0.1
+    for patch in versions.rows_for_release(patches.patches_of(Training())):
         assert f"ok       {patch.target}" in output
-    for patch in versions.rows(adapter.PATCHES):
+    for patch in versions.rows_for_release(adapter.PATCHES):
         assert patch.target in output
     assert "random-LTD can run here." in output
 
@@ -145,13 +153,105 @@ def test_torchrun(tmp_path):
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--master-port", str(free_port()), "-m", "megatron_rltd", str(script)),
-        *f"{BASE} {LTD} --tensor-model-parallel-size 2 --sequence-parallel".split(),
+        *f"{BASE} {LTD} --tensor-model-parallel-size 2 --sequence-parallel --cpu".split(),
     ]
     result = subprocess.run(
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("patched symbols") == 1
-    assert result.stdout.count("no CUDA device here") == 1
+    assert result.stdout.count("replaced symbols") == 1
+    assert result.stdout.count("for the CPU these arguments of Megatron's are changed: ") == 1
+    lines = [line for line in result.stdout.splitlines() if line.startswith("random-LTD: ")]
+    assert lines == [
+        "random-LTD: kept tokens: 16 of 64 tokens at first, all after 9 iterations, in steps of 8",
+        "random-LTD: layers that drop: 2-3 of 4; layers that see all tokens: 1,4",
+        "random-LTD: draws: seed 1234, 8 strata, one draw for each sample",
+        "random-LTD: LayerTokens of the first step: 62.5% of a dense one's",
+    ]
     kept = re.findall(r"iteration +6/.*random-ltd kept tokens: ([0-9.E+]+)", result.stdout)
     assert [float(k) for k in kept] == [40]
+
+
+def _main_of_rank(lines: list[str], ranks_with_gpu: list[int]):
+    """Run another command line on each rank, of which some have a GPU."""
+    import os
+    from unittest import mock
+
+    import torch
+
+    rank = int(os.environ["RANK"])
+    with mock.patch.object(torch.cuda, "is_available", lambda: rank in ranks_with_gpu):
+        return _main(lines[rank].split())
+
+
+def of_rank(lines: list[str], ranks_with_gpu: tuple[int, ...] = ()) -> tuple[list[int], list[str]]:
+    """Return exit statuses and outputs."""
+    results = run_all(len(lines), _main_of_rank, lines, list(ranks_with_gpu))
+    return [r["value"] for r in results], [r["output"] for r in results]
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A training script that says that it runs, and nothing else."""
+    path = tmp_path / "train.py"
+    path.write_text("print('trained')\n")
+    return path
+
+
+def test_a_rank_without_a_gpu_says_so(script):
+    statuses, outputs = of_rank([f"{script} --lr 1"] * 3, ranks_with_gpu=(0, 1))
+    assert statuses == [0, 0, 2]
+    assert "trained" in outputs[0] and "trained" in outputs[1]
+    (line,) = [line for line in outputs[2].splitlines() if line.startswith("megatron_rltd")]
+    assert line.startswith(f"megatron_rltd on {socket.gethostname()}, rank 2: cannot run")
+    assert "no CUDA device is visible to this process" in outputs[2]
+    assert "add --cpu to the script's arguments" in outputs[2]
+    assert "trained" not in outputs[2]
+
+
+def test_the_cpu_can_be_asked_for_by_a_variable(script, monkeypatch):
+    command = [sys.executable, "-m", "megatron_rltd", str(script)]
+    for value, status in (("1", 0), ("", 2), ("0", 2)):
+        result = subprocess.run(
+            command,
+            env={**environment(), "MEGATRON_RLTD_CPU": value, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == status, result.stderr
+        assert ("trained" in result.stdout) == (status == 0)
+        assert ("(CUDA_VISIBLE_DEVICES=)" in result.stderr) == (status == 2)
+
+
+def test_the_cpu_is_refused_where_there_is_a_gpu(script):
+    (status,), (output,) = of_rank([f"{script} --cpu"], ranks_with_gpu=(0,))
+    assert status == 2
+    assert "omit --cpu, or hide the GPUs" in output
+
+
+def test_a_file_that_one_node_lacks(script, tmp_path):
+    missing = f"pretrain_gpt {BASE.replace('--mock-data', '')} --data-path {tmp_path}/no --cpu"
+    statuses, outputs = of_rank([f"{script} --cpu", missing])
+    assert statuses == [0, 2]
+    assert f"on {socket.gethostname()}, rank 1: cannot run with these arguments" in outputs[1]
+    assert f"{tmp_path}/no.bin is missing" in outputs[1]
+
+
+def test_a_stage_whose_layers_are_others(script, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text(
+        "from megatron_rltd.model.block import check_layers\n"
+        "from types import SimpleNamespace as N\n"
+        "check_layers(N(layers=[N(layer_number=3)]))\n"
+    )
+    statuses, outputs = of_rank([f"{script} --cpu", f"{other} --cpu"])
+    assert statuses == [0, 2]
+    assert "rank 1: random-LTD: layer 3 is a SimpleNamespace, not a Transf" in outputs[1]
+    assert "Traceback" not in outputs[1]
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("raise RuntimeError('NCCL error')\n")
+    with pytest.raises(RankError, match="NCCL error"):
+        cli(f"{script} --cpu")

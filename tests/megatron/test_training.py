@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from megatron_rltd.schedule import LayerTokens, Schedule
+from megatron_rltd.schedule import LayerTokenCost, Schedule
 from tests.parallel import Training, train
 
 STEPS, GLOBAL_BATCH, SEQ, LAYERS = 6, 8, 64, 4
@@ -27,7 +27,7 @@ LTD = (
     "--random-ltd --random-ltd-min-tokens 16 --random-ltd-ramp-iters 9 --random-ltd-increment 8 "
     "--random-ltd-strata 8"
 )
-TOKENS = LayerTokens(Schedule(SEQ, 16, 9, 8), LAYERS, LAYERS - 2)
+TOKENS = LayerTokenCost(Schedule(SEQ, 16, 9, 8), LAYERS, LAYERS - 2)
 KEPT = [Schedule(SEQ, 16, 9, 8).kept_tokens(t) for t in range(STEPS)]
 
 

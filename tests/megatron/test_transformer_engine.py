@@ -42,7 +42,9 @@ def test_signatures_are_those_of_the_golden_file():
     golden, now = te_signatures.golden(), te_signatures.installed()
     for name in ("transformer_engine", "megatron_core"):
         if golden[name] != now[name]:
-            pytest.skip(f"{name} {now[name]}, not {golden[name]}: python -m tests.megatron.te_signatures")
+            pytest.skip(
+                f"{name} {now[name]}, not {golden[name]}: python -m tests.megatron.te_signatures"
+            )
     assert now["signatures"] == golden["signatures"]
 
 

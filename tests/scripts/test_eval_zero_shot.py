@@ -1,4 +1,4 @@
-"""tools/evaluation/eval_zero_shot.sh: lm_eval itself on an exported model, offline, and its tasks' names."""
+"""eval_zero_shot.sh: lm_eval itself on an exported model, offline, and its tasks' names."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ needs_lm_eval = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder of tools/checkpoint/export_hf.py, with a tokenizer of the bytes and the words of the task."""
+    """A folder of export_hf.py, with a tokenizer of the bytes and the words of the task."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder = tmp_path_factory.mktemp("model")

@@ -28,7 +28,9 @@ def test_rows_are_compared_and_written(capfd, tmp_path):
     assert pipeline.endswith("  bit-equal")
     assert summary.startswith("2 rows: ")
     text = page.read_text()
-    assert f"    python tools/dev/check_layouts.py --layouts TP2+SP PP2 {' '.join(options)}\n" in text
+    assert (
+        f"    python tools/dev/check_layouts.py --layouts TP2+SP PP2 {' '.join(options)}\n" in text
+    )
     assert re.search(r"megatron-core 0\.\d+.*, torch \d.*cores", text)
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     rows = [row[1:-1] for row in rows if row[0] == "" and len(row) > 3]

@@ -1,4 +1,4 @@
-"""tools/checkpoint/export_hf.py and import_hf.py: the logits of Megatron's own model, and bit-equal back."""
+"""export_hf.py and import_hf.py: the logits of Megatron's own model, and bit-equal back."""
 
 import argparse
 import dataclasses

@@ -141,7 +141,7 @@ def _sampled(library, case: Case) -> tuple[Tensor, ...]:
 
 
 def _angles(library, case: Case) -> tuple[Tensor, ...]:
-    # As layer.kept_angles does: one table for all samples.
+    # One table for all samples.
     table = case.hidden[:, :1].expand(-1, case.indices.size(0), -1)
     return (library.gather(table, case.indices),)
 

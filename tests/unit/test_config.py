@@ -3,18 +3,11 @@ import dataclasses
 
 import pytest
 
-from megatron_rltd.config import (
-    ConfigError,
-    Model,
-    RandomLTDConfig,
-    add_arguments,
-    config_from_args,
-    parse_layers,
-    resolve,
-)
+from megatron_rltd.config import ConfigError, ModelFacts, RandomLTDConfig, parse_layers, resolve
 from megatron_rltd.schedule import Progress, Schedule
+from megatron_rltd.training.arguments import add_arguments, config_from_args
 
-MODEL = Model(seq_length=256, num_layers=8)
+MODEL = ModelFacts(seq_length=256, num_layers=8)
 GOOD = RandomLTDConfig(min_tokens=64, ramp_iters=100, increment=16)
 
 
@@ -81,11 +74,11 @@ def test_layers(text, layers):
         (changed(layers="two"), MODEL, ["'two' is neither a number nor a range"]),
         (changed(layers="3-"), MODEL, ["'3-' is neither a number nor a range"]),
         (changed(layers="5-3"), MODEL, ["'5-3' is neither a number nor a range"]),
-        (GOOD, Model(256, 2), ["--num-layers 2 has no middle layer", "--random-ltd-layers"]),
+        (GOOD, ModelFacts(256, 2), ["--num-layers 2 has no middle layer", "--random-ltd-layers"]),
         (changed(strata=-1), MODEL, ["--random-ltd-strata -1 must not be negative"]),
         (
             changed(strata=6),
-            Model(256, 8, sequence_parallel_size=4),
+            ModelFacts(256, 8, sequence_parallel_size=4),
             ["--random-ltd-strata 6 must be a multiple of 4"],
         ),
         (changed(strata=3), MODEL, ["--seq-length 256 must be a multiple", "strata, 3"]),
@@ -95,12 +88,12 @@ def test_layers(text, layers):
         (changed(seed=2**64), MODEL, [f"--random-ltd-seed {2**64} must be between"]),
         (
             changed(increment=8),
-            Model(256, 8, sequence_parallel_size=2, context_parallel_size=4),
+            ModelFacts(256, 8, sequence_parallel_size=2, context_parallel_size=4),
             ["--random-ltd-increment 8 must be a multiple of the number of strata, 16"],
         ),
         (
             GOOD,
-            Model(256, 8, micro_batch_size=2, row_multiple=32, context_parallel_size=2),
+            ModelFacts(256, 8, micro_batch_size=2, row_multiple=32, context_parallel_size=2),
             ["--random-ltd-increment 16 must be a multiple of 32", "FP8"],
         ),
     ],
@@ -113,7 +106,7 @@ def test_wrong_options_are_named(config, model, messages):
 
 
 def test_fp8_rows_count_the_micro_batch():
-    model = Model(256, 8, micro_batch_size=2, row_multiple=32)
+    model = ModelFacts(256, 8, micro_batch_size=2, row_multiple=32)
     assert resolve(GOOD, model).strata == 1
     with pytest.raises(ConfigError, match="--random-ltd-increment 8 must be a multiple of 16"):
         resolve(changed(increment=8), model)

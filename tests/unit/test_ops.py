@@ -1,24 +1,38 @@
 import random
+import sys
 
 import pytest
 import torch
 
 from megatron_rltd.config import ConfigError, RandomLTDConfig
+from megatron_rltd.model.block import BorrowedRows
 from megatron_rltd.model.random_ltd import RandomLTD
-from megatron_rltd.model.token_drop import Run
 from megatron_rltd.tokens import kernels, ops, reference
-from megatron_rltd.tokens.ops import gather_tokens, scatter_tokens
 from megatron_rltd.tokens.sampling import kept_indices
 
 SHAPES = [(5, 2, 3, 2), (7, 3, 4, 7), (4, 1, 2, 1), (6, 2, 5, 3), (3, 2, 4, 0)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 
 
+CHOSEN = "auto"  # the backend of a test
+
+
 @pytest.fixture(autouse=True, params=["auto", "torch"])
-def backend(request):
-    ops.use_backend(request.param)
-    yield request.param
-    ops.use_backend("auto")
+def backend(request, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "CHOSEN", request.param)
+    return request.param
+
+
+def gather_tokens(*arguments):
+    return ops.gather_tokens(*arguments, backend=CHOSEN)
+
+
+def scatter_tokens(*arguments):
+    return ops.scatter_tokens(*arguments, backend=CHOSEN)
+
+
+def borrowed_rows():
+    return BorrowedRows(ops.find_library(CHOSEN))
 
 
 def random_indices(rows, batch, kept, generator):
@@ -160,14 +174,14 @@ def test_library_ops_equal_the_reference_bit_for_bit(seed):
 
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 200, 2048, 2049, 4100])
 @pytest.mark.parametrize("strata", [1, 3])
-def test_library_samples_equal_the_reference(length, strata):
+def test_library_samples_equal_the_reference(backend, length, strata):
     layers = torch.tensor([2, 23])
     samples = torch.tensor([2**32 - 1, 2**33 + 5])
     few = length > 100
     for seed in (2**63 + 9,) if few else (0, 2**64 - 1):
         for kept in {1, length // 3} if few else {0, 1, length // 3, length - 1, length}:
             arguments = (layers, samples, length * strata, kept * strata, strata)
-            ours = ops.sample(seed, *arguments)
+            ours = ops.sample_positions(ops.find_library(backend), seed, *arguments)
             assert torch.equal(ours, kept_indices(seed, *arguments))
 
 
@@ -221,13 +235,13 @@ def poison(buffer, indices):
 
 
 def run_layers(hidden, index_sets, weights, poisoned=True):
-    run = Run()
+    borrowed = borrowed_rows()
     for i, (indices, weight) in enumerate(zip(index_sets, weights, strict=True)):
-        tokens = run.enter(hidden, indices)
+        tokens = borrowed.borrow(hidden, indices)
         if poisoned:
-            poison(run._buffer, indices)
+            poison(borrowed._buffer, indices)
         last = i == len(index_sets) - 1
-        hidden = run.leave(some_layer(tokens, weight), last)
+        hidden = borrowed.give_back(some_layer(tokens, weight), last)
     return hidden
 
 
@@ -259,7 +273,7 @@ def gradients(output, inputs, seed=0):
     return result
 
 
-def test_run_equals_plain_indexing_bit_for_bit(chain):
+def test_borrowed_rows_equal_plain_indexing_bit_for_bit(chain):
     hidden, index_sets, weights = chain
     before = hidden.detach().clone()
     ours, plain = run_layers(hidden, index_sets, weights), plain_chain(hidden, index_sets, weights)
@@ -271,7 +285,7 @@ def test_run_equals_plain_indexing_bit_for_bit(chain):
         assert torch.equal(a, b)
 
 
-def test_run_passes_gradcheck(chain):
+def test_borrowed_rows_pass_gradcheck(chain):
     hidden, index_sets, weights = chain
     # gradcheck perturbs the same tensors again and again; poison would stay in them.
     assert torch.autograd.gradcheck(
@@ -351,9 +365,11 @@ def test_layers_that_stop_gradients(chain):
             state = leave(state, out, indices, i == len(index_sets) - 1)
         return state
 
-    run = Run()
+    borrowed = borrowed_rows()
     for last_only in (True, False):
-        ours = stopped(run.enter, lambda _, out, __, last: run.leave(out, last), last_only)
+        ours = stopped(
+            borrowed.borrow, lambda _, out, __, last: borrowed.give_back(out, last), last_only
+        )
         plain = stopped(gather_tokens, lambda h, out, i, _: scatter_tokens(h, out, i), last_only)
         assert torch.equal(ours, plain)
         assert torch.equal(gradients(ours, [hidden])[0], gradients(plain, [hidden])[0])
@@ -378,20 +394,22 @@ def test_double_backward_is_an_error(chain):
 
 def test_replaced_buffer_is_an_error(chain):
     hidden, index_sets, weights = chain
-    run = Run()
-    state = run.leave(some_layer(run.enter(hidden, index_sets[0]), weights[0]), last=False)
+    borrowed = borrowed_rows()
+    state = borrowed.give_back(
+        some_layer(borrowed.borrow(hidden, index_sets[0]), weights[0]), last=False
+    )
     with pytest.raises(RuntimeError, match="replaced the hidden states.*--random-ltd-layers"):
-        run.enter(state * 1, index_sets[-1])
+        borrowed.borrow(state * 1, index_sets[-1])
 
 
 def test_only_indices_are_saved_for_backward(chain):
     hidden, index_sets, weights = chain
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        run, state = Run(), hidden
+        borrowed, state = borrowed_rows(), hidden
         for i, indices in enumerate(index_sets):
-            tokens = run.enter(state, indices)
-            state = run.leave(tokens, last=i == len(index_sets) - 1)
+            tokens = borrowed.borrow(state, indices)
+            state = borrowed.give_back(tokens, last=i == len(index_sets) - 1)
     assert saved
     assert {t.dtype for t in saved} == {torch.int32}
 
@@ -417,14 +435,14 @@ def test_arguments_that_do_not_fit(change, message):
 
 def test_unknown_backend():
     with pytest.raises(ValueError, match="'fast' must be one of auto, cuda, torch"):
-        ops.use_backend("fast")
+        ops.find_library("fast")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there may be kernels for a GPU")
 def test_kernels_that_are_not_there(monkeypatch):
     monkeypatch.setattr(kernels, "load", lambda: "not built")
     with pytest.raises(ValueError, match="the kernels are not built"):
-        ops.use_backend("cuda")
+        ops.find_library("cuda")
     message = (
         "--random-ltd-backend cuda: the kernels are not built; or use --random-ltd-backend auto"
     )

@@ -3,7 +3,14 @@ import types
 
 import pytest
 
-from megatron_rltd.patching.mechanism import Patch, PatchError, apply, check, fingerprint, mechanism
+from megatron_rltd.patching import mechanism
+from megatron_rltd.patching.mechanism import (
+    Patch,
+    PatchError,
+    apply,
+    find_problems,
+    fingerprint,
+)
 
 
 class Machine:
@@ -41,7 +48,7 @@ def doubled(original):
     return replacement
 
 
-HERE = ("tests.test_patching",)
+HERE = ("tests.unit.test_patching",)
 
 
 def test_apply_and_revert(target):
@@ -92,7 +99,7 @@ def test_static_methods_stay_static(target):
         (Patch("patch_target:LIMIT", doubled, ""), "patch_target:LIMIT is listed twice"),
         (
             Patch("patch_target:count", doubled, ""),
-            "tests.test_patching imported patch_target:count by name",
+            "tests.unit.test_patching imported patch_target:count by name",
         ),
     ],
 )
@@ -145,8 +152,8 @@ def test_fingerprints(target):
     found = fingerprint(count)
     assert len(found) == 16
     assert found != fingerprint(Machine.run)
-    assert check(patch, {"patch_target:count": {found, "0" * 16}}) == []
-    problems = check(patch, {"patch_target:count": {"0" * 16}})
+    assert find_problems(patch, {"patch_target:count": {found, "0" * 16}}) == []
+    problems = find_problems(patch, {"patch_target:count": {"0" * 16}})
     assert problems == [f"patch_target:count has source fingerprint {found}, never tested"]
     with pytest.raises(PatchError, match="never tested"):
         apply([patch], {"patch_target:count": {"0" * 16}})

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from megatron_rltd.schedule import LayerTokens, Progress, Schedule, integer_root
+from megatron_rltd.schedule import LayerTokenCost, Progress, Schedule, integer_root
 
 GPT3 = Schedule(seq_length=2048, min_tokens=128, ramp_length=200_000, increment=16)
 VIT = Schedule(seq_length=197, min_tokens=32, ramp_length=3910, increment=8)
@@ -22,13 +22,13 @@ def test_golden_values_of_the_gpt3_recipe():
     # arXiv 2211.11586's recipe: r0 = 128, s = 2048, increment 16, 200,000 steps.
     expected = {0: 128, 1666: 128, 1667: 144, 100_000: 1088, 199_999: 2032, 200_000: 2048}
     assert {t: GPT3.kept_tokens(t) for t in expected} == expected
-    end = LayerTokens(GPT3, num_layers=24, num_dropped=22).after(200_000, 512)
+    end = LayerTokenCost(GPT3, num_layers=24, num_dropped=22).after(200_000, 512)
     assert end == Progress(200_000, 200_000 * 512, 2_852_447_191_040)
 
 
 def test_golden_values_of_the_vit_log():
     # DeepSpeed's published CIFAR log: 5,474 steps of "batch 32", 12 layers, 10 of them dropped.
-    end = LayerTokens(VIT, num_layers=12, num_dropped=10).after(5474, 32)
+    end = LayerTokenCost(VIT, num_layers=12, num_dropped=10).after(5474, 32)
     assert end.layer_tokens == 305_784_192
     # s is no multiple of the increment: the ramp passes T before it reaches s.
     assert VIT.kept_tokens(3910) == 192
@@ -70,7 +70,7 @@ def test_golden_values_of_the_gpt3_budgets():
     for budget, ramp, steps in GPT3_BUDGETS:
         schedule = Schedule(2048, 128, ramp, 16)
         target = budget * 10**9 * 24
-        end = LayerTokens(schedule, 24, 22).until(
+        end = LayerTokenCost(schedule, 24, 22).until(
             lambda p, target=target: p.layer_tokens >= target, lambda samples: 512
         )
         assert end.iteration == steps
@@ -98,7 +98,7 @@ def test_first_position_is_where_a_length_appears(schedule):
         assert position == 0 or schedule.kept_tokens(position - 1) < kept
 
 
-def walk(tokens: LayerTokens, batch_size, reached, start: Progress) -> Progress:
+def walk(tokens: LayerTokenCost, batch_size, reached, start: Progress) -> Progress:
     """As `LayerTokens.until`, one step after another."""
     iteration, samples, total = start.iteration, start.samples, start.layer_tokens
     while not reached(Progress(iteration, samples, total)):
@@ -123,7 +123,7 @@ BATCH_SIZES = {
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
 @pytest.mark.parametrize("start", [Progress(), Progress(17, 90, 12_345)])
 def test_a_run_is_what_its_steps_add_up_to(schedule, ramp_in_samples, batch_size, start):
-    tokens = LayerTokens(schedule, 6, 4, ramp_in_samples)
+    tokens = LayerTokenCost(schedule, 6, 4, ramp_in_samples)
     goals = [
         lambda p: p.layer_tokens >= 1,
         lambda p: p.layer_tokens >= 3_000_000,

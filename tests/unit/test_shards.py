@@ -1,8 +1,8 @@
 import pytest
 
+from megatron_rltd.config import fewest_strata
 from megatron_rltd.tokens.shards import (
     context_parallel_strata,
-    fewest_strata,
     sequence_parallel_strata,
 )
 

@@ -1,6 +1,7 @@
 """Write a checkpoint of Megatron as a folder that Hugging Face's transformers loads.
 
-    python tools/checkpoint/export_hf.py --load RUN/checkpoints --output FOLDER --tokenizer TOKENIZER_FOLDER
+    python tools/checkpoint/export_hf.py --load RUN/checkpoints --output FOLDER \\
+        --tokenizer TOKENIZER_FOLDER
 
 GPT-2's architecture (learned positions, LayerNorm, GELU, biases) becomes a GPT2LMHeadModel, Llama's
 (RoPE, RMSNorm, SwiGLU, no biases, with or without GQA) a LlamaForCausalLM, embeddings tied or not;
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 # This checkout's package, installed or not, and what makes its data.
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 1)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -39,7 +39,7 @@ def alone() -> Iterator[None]:
     from megatron_rltd.patching import versions
 
     warnings.filterwarnings("ignore")
-    versions.require_installed()
+    versions.check_installed()
     ours = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     ours["TORCHDYNAMO_DISABLE"] = "1"  # seconds of importing what is not needed
     with contextlib.ExitStack() as stack:

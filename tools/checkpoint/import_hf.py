@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 # This checkout's package, installed or not, and what makes its data.
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 1)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from export_hf import DTYPES
 

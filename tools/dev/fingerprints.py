@@ -1,4 +1,4 @@
-"""Add the installed Megatron's fingerprints to megatron_rltd/fingerprints.json.
+"""Add the installed Megatron's fingerprints to megatron_rltd/patching/fingerprints.json.
 
 python tools/dev/fingerprints.py            print what would be stored
 python tools/dev/fingerprints.py --write    store it, after the tests pass with this version
@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_rltd.patching import versions
 from megatron_rltd.patching.mechanism import fingerprint
 from megatron_rltd.training import patches
+from megatron_rltd.training.state import Training
 
 STORE = Path(versions.__file__).parent / "fingerprints.json"
 
@@ -19,7 +20,7 @@ STORE = Path(versions.__file__).parent / "fingerprints.json"
 def fingerprints() -> dict[str, str]:
     """Return {symbol: fingerprint} of each function that random-LTD wraps or relies on."""
     found = {}
-    for row in versions.rows(versions.RELIED_ON + patches.PATCHES):
+    for row in versions.rows_for_release(versions.RELIED_ON + patches.patches_of(Training())):
         _, _, original = row.resolve()
         if inspect.isfunction(inspect.unwrap(original)) if original is not None else False:
             found[row.target] = fingerprint(original)

@@ -248,7 +248,7 @@ model=(--num-layers 6 --hidden-size 256 --num-attention-heads 4 --seq-length 256
   --tokenizer-type NullTokenizer --vocab-size 1000 --split "90,5,5" --micro-batch-size 4
   --global-batch-size 8 --train-iters 20 --lr 1e-3 --log-interval 1 --eval-iters 0
   --eval-interval 100 --seed 1)
-if [ "$device" = cuda ]; then model+=(--bf16); fi
+if [ "$device" = cuda ]; then model+=(--bf16); else model+=(--cpu); fi
 train() { step "$1" 100 "$PYTHON" -m megatron_rltd pretrain_gpt "${model[@]}" "${@:2}"; }
 
 # Nothing dropped is Megatron's own step; kernels and torch move the same tokens.

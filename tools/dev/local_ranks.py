@@ -233,10 +233,10 @@ def train_on_this_rank(script: str, arguments: list[str]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    from megatron_rltd.__main__ import BUNDLED, prepare
+    from megatron_rltd.commands.run import BUNDLED, CPU_FLAG, prepare
 
     path = BUNDLED.get(script, Path(script))
-    prepare(path, arguments)
+    arguments = prepare(path, [*arguments, CPU_FLAG])
     record = _record_steps()
     import runpy
 

@@ -36,7 +36,7 @@ from megatron_rltd.commands.compare.run_logs import (
     VALIDATION,
     WARM_UP,
     LogError,
-    Run,
+    LoggedRun,
     read_run,
     total_flops,
     total_seconds,
@@ -69,13 +69,13 @@ COLUMNS = {
 }
 
 
-def summarise(runs: dict[str, Run], baseline: str) -> list[dict[str, Any]]:
+def summarise(runs: dict[str, LoggedRun], baseline: str) -> list[dict[str, Any]]:
     """Return the rows of the table at full precision; None is unknown."""
     rows = [_row(name, run, runs[baseline]) for name, run in runs.items()]
     return [{key: None if value != value else value for key, value in r.items()} for r in rows]
 
 
-def jitter(run: Run) -> float:
+def jitter(run: LoggedRun) -> float:
     """Return the typical change of the iteration time between log intervals, as a share of it."""
     times = list(run.points(ITERATION_TIME).values())
     if len(times) < 2:
@@ -83,7 +83,7 @@ def jitter(run: Run) -> float:
     return median(abs(b - a) for a, b in pairwise(times)) / median(times)
 
 
-def _row(name: str, run: Run, base: Run) -> dict[str, Any]:
+def _row(name: str, run: LoggedRun, base: LoggedRun) -> dict[str, Any]:
     losses = validation(run)[1]
     samples, tokens, flops = run.last(SAMPLES), run.last(LAYER_TOKENS), total_flops(run)
     seconds = total_seconds(run)
@@ -124,7 +124,7 @@ def verdict(rows: list[dict[str, Any]], baseline: str) -> str:
     return f"compared with {baseline}: " + "; ".join(kinds)
 
 
-def notes(runs: dict[str, Run], baseline: str) -> list[str]:
+def notes(runs: dict[str, LoggedRun], baseline: str) -> list[str]:
     """Say how the numbers came about, and why some are missing or doubtful."""
     names: dict[str, list[str]] = {}
     for name, run in runs.items():
@@ -139,7 +139,7 @@ def notes(runs: dict[str, Run], baseline: str) -> list[str]:
     return lines + [f"{', '.join(of)}: {note}" for note, of in names.items()]
 
 
-def _notes(run: Run, base: Run, baseline: str) -> Iterator[str]:
+def _notes(run: LoggedRun, base: LoggedRun, baseline: str) -> Iterator[str]:
     tag, losses = validation(run)
     times = run.points(ITERATION_TIME)
     if not losses:

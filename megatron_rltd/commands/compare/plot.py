@@ -9,8 +9,8 @@ from megatron_rltd.commands.compare.run_logs import (
     KEPT_TOKENS,
     LAYER_TOKENS,
     LOSS,
+    LoggedRun,
     Points,
-    Run,
     at_or_after,
     validation,
 )
@@ -19,7 +19,7 @@ COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # O
 DASHES = "- -- -. :".split()
 
 
-def loss_curves(runs: dict[str, Run]) -> tuple[str, dict[str, Points]]:
+def loss_curves(runs: dict[str, LoggedRun]) -> tuple[str, dict[str, Points]]:
     """Return what the loss panels show: the validation loss if every run logged it."""
     curves = {name: validation(run)[1] for name, run in runs.items()}
     if all(curves.values()):
@@ -32,7 +32,7 @@ def loss_curves(runs: dict[str, Run]) -> tuple[str, dict[str, Points]]:
     return f"training loss, mean of each {size} logged iterations", curves
 
 
-def plot(runs: dict[str, Run], path: Path) -> str:
+def plot(runs: dict[str, LoggedRun], path: Path) -> str:
     """Draw loss by iteration, loss by LayerTokens and kept tokens as PNG; say which loss."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

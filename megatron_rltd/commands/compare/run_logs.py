@@ -43,7 +43,7 @@ class LogError(Exception):
 
 
 @dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """What one start of the training script logged, or all starts of a run joined.
 
     Attributes:
@@ -74,7 +74,7 @@ class Run:
         return self.args.get("random_ltd") == "True"
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> LoggedRun:
     """Read a --tensorboard-dir.
 
     Raises:
@@ -110,7 +110,7 @@ def _read_events(path: Path) -> Any:
     return event_accumulator.EventAccumulator(str(path), keep_all).Reload()
 
 
-def _read_start(log: Any) -> Run:
+def _read_start(log: Any) -> LoggedRun:
     """Return the start that wrote an event file; without args if it is none of Megatron's."""
     args, iteration = {}, 0
     for tag in log.Tags()["tensors"]:
@@ -119,7 +119,7 @@ def _read_start(log: Any) -> Run:
             event = log.Tensors(tag)[-1]
             args[name], iteration = event.tensor_proto.string_val[0].decode(), event.step
     if not all(args.get(name, "").isdigit() for name in _NUMBERS):
-        return Run({}, 0, 0, frozenset(), {})
+        return LoggedRun({}, 0, 0, frozenset(), {})
     scalars = {}
     for tag in log.Tags()["scalars"]:
         if tag.endswith(VS_SAMPLES):  # the same again
@@ -132,10 +132,10 @@ def _read_start(log: Any) -> Run:
         both = zip(log.Scalars(BATCH_SIZE), log.Scalars(BATCH_SIZE + VS_SAMPLES), strict=False)
         scalars[SAMPLES] = {by_iteration.step: by_samples.step for by_iteration, by_samples in both}
     world_size = frozenset([int(args["world_size"])])
-    return Run(args, iteration, int(args["consumed_train_samples"]), world_size, scalars)
+    return LoggedRun(args, iteration, int(args["consumed_train_samples"]), world_size, scalars)
 
 
-def join(starts: list[Run]) -> Run:
+def join(starts: list[LoggedRun]) -> LoggedRun:
     """Join the starts of a run, oldest first.
 
     Each replaces what was logged beyond the checkpoint it continues. In each, the first log
@@ -154,10 +154,10 @@ def join(starts: list[Run]) -> Run:
     else:
         joined[LAYER_TOKENS] = {}
     world_sizes = frozenset().union(*(start.world_sizes for start in starts))
-    return Run(starts[-1].args, starts[0].start, starts[0].start_samples, world_sizes, joined)
+    return LoggedRun(starts[-1].args, starts[0].start, starts[0].start_samples, world_sizes, joined)
 
 
-def _with_derived(start: Run) -> dict[str, Points]:
+def _with_derived(start: LoggedRun) -> dict[str, Points]:
     """Return the scalars of one start with what follows from them and from its arguments."""
     times, speeds = start.points(ITERATION_TIME), start.points(THROUGHPUT)
     first = min(times, default=None)
@@ -192,7 +192,7 @@ def at_or_after(points: Points, iterations: Iterable[int]) -> list[float]:
     return [values[min(bisect_left(at, i), len(at) - 1)] for i in iterations]
 
 
-def total_flops(run: Run) -> float:
+def total_flops(run: LoggedRun) -> float:
     """Return the floating-point operations of the logged iterations; nan if unknown.
 
     Those of a sample depend on the kept length alone, which is logged for each iteration. Between
@@ -212,7 +212,7 @@ def total_flops(run: Run) -> float:
     return float(np.dot(each, _increments(samples.values(), run.start_samples)))
 
 
-def total_seconds(run: Run) -> float:
+def total_seconds(run: LoggedRun) -> float:
     """Return the training time of the logged iterations; nan if unknown."""
     samples, times = run.points(SAMPLES), run.points(ITERATION_TIME)
     if not times:
@@ -226,7 +226,7 @@ def _increments(values: Iterable[float], before: float) -> list[float]:
     return [b - a for a, b in pairwise([before, *values])]
 
 
-def validation(run: Run) -> tuple[str, Points]:
+def validation(run: LoggedRun) -> tuple[str, Points]:
     """Return tag and points of the validation loss, of the first set if there are several."""
     tag = min((tag for tag in run.scalars if tag.startswith(VALIDATION)), default=VALIDATION)
     return tag, run.points(tag)

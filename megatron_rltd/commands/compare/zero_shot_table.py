@@ -1,10 +1,10 @@
 """What lm_eval found of several models: each task, the experiment's average, and the published one.
 
-For `compare --eval`; tools/evaluation/eval_zero_shot.sh makes the folders. The 19 tasks and the metric
-of each are those of the GPT-3 1.3B experiment (examples_deepspeed/data_efficiency/gpt/eval of
-Megatron-DeepSpeed, ds_evalharness_gather_result.py): accuracy normalised by the answer's length
-(acc_norm) where lm_eval has it, as the GPT-3 paper did, F1 for ReCoRD and plain accuracy for the
-rest. The averages are of the DeepSpeed Data Efficiency blog post, 2022-12-12.
+For `compare --eval`; tools/evaluation/eval_zero_shot.sh makes the folders. The 19 tasks and the
+metric of each are those of the GPT-3 1.3B experiment (Megatron-DeepSpeed,
+examples_deepspeed/data_efficiency/gpt/eval/ds_evalharness_gather_result.py): accuracy normalised by
+the answer's length (acc_norm) where lm_eval has it, as the GPT-3 paper did, F1 for ReCoRD and plain
+accuracy for the rest. The averages are of the DeepSpeed Data Efficiency blog post, 2022-12-12.
 """
 
 import json

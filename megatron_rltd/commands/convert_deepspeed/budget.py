@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from megatron_rltd.commands.convert_deepspeed.launch import ConversionError, Launch
-from megatron_rltd.schedule import LayerTokens, Schedule
+from megatron_rltd.schedule import LayerTokenCost, Schedule
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Run:
+class DeepSpeedRun:
     """What tokens and iterations are computed from.
 
     Attributes:
@@ -51,9 +51,9 @@ class Run:
     batch_size: int | None
 
     @property
-    def layer_tokens(self) -> LayerTokens:
+    def layer_tokens(self) -> LayerTokenCost:
         """What an iteration consumes."""
-        return LayerTokens(self.schedule, self.num_layers, self.num_dropped)
+        return LayerTokenCost(self.schedule, self.num_layers, self.num_dropped)
 
     def samples(self, iterations: int, flag: str) -> int:
         """Return the samples of a flag's iterations."""
@@ -92,7 +92,7 @@ class Run:
         raise AssertionError("the last level does not end before the budget")
 
 
-def convert_budget(launch: Launch, run: Run, result: Conversion) -> None:
+def convert_budget(launch: Launch, run: DeepSpeedRun, result: Conversion) -> None:
     """Convert --train-tokens; --train-samples and --train-iters limit it in Megatron-DeepSpeed."""
     budget = launch.integer("--train-tokens")
     if budget is None:
@@ -138,7 +138,7 @@ def follows_tokens(launch: Launch) -> bool:
     return "--lr-decay-tokens" in launch or "--lr-warmup-tokens" in launch
 
 
-def convert_learning_rate(launch: Launch, run: Run, result: Conversion) -> None:
+def convert_learning_rate(launch: Launch, run: DeepSpeedRun, result: Conversion) -> None:
     """Convert a learning rate that follows tokens; any other stays as it is.
 
     Raises:

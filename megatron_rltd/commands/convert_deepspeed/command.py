@@ -23,7 +23,7 @@ from typing import cast
 
 from megatron_rltd.commands.convert_deepspeed.budget import (
     Conversion,
-    Run,
+    DeepSpeedRun,
     convert_budget,
     convert_learning_rate,
 )
@@ -43,9 +43,9 @@ from megatron_rltd.commands.convert_deepspeed.recipe import (
 )
 from megatron_rltd.config import (
     ConfigError,
-    Model,
+    ModelFacts,
     RandomLTDConfig,
-    Resolved,
+    ResolvedConfig,
     flag,
     parse_layers,
     resolve,
@@ -91,7 +91,7 @@ def random_ltd_config(recipe: Recipe, seq_length: int, num_layers: int) -> Rando
     )
 
 
-def schedule_warnings(resolved: Resolved) -> Iterator[str]:
+def schedule_warnings(resolved: ResolvedConfig) -> Iterator[str]:
     """Say where the kept length is not DeepSpeed's or not what one may expect."""
     config, schedule = resolved.config, resolved.schedule
     low, step, s = config.min_tokens, config.increment, schedule.seq_length
@@ -158,7 +158,7 @@ def convert(config: object, launch: Launch, pass_through: bool = False) -> Conve
 
     options = random_ltd_config(recipe, seq_length, num_layers)
     try:
-        resolved = resolve(options, Model(seq_length, num_layers))
+        resolved = resolve(options, ModelFacts(seq_length, num_layers))
     except ConfigError as error:
         raise ConversionError("; ".join(error.problems)) from None
     result.warnings += schedule_warnings(resolved)
@@ -179,7 +179,7 @@ def convert(config: object, launch: Launch, pass_through: bool = False) -> Conve
             "--step-batch-size-schedule, which takes the place of --global-batch-size; lengths of "
             "the DeepSpeed run are not compared"
         )
-    run = Run(resolved.schedule, num_layers, len(resolved.dropped_layers), constant_batch)
+    run = DeepSpeedRun(resolved.schedule, num_layers, len(resolved.dropped_layers), constant_batch)
     convert_budget(launch, run, result)
     convert_learning_rate(launch, run, result)
     if batch_size is not None:

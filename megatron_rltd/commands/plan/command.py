@@ -2,7 +2,7 @@
 
     python -m megatron_rltd plan --gpus 64 -- --num-layers 24 ... --random-ltd ...
     python -m megatron_rltd plan --gpus 64 --tflops 400 --from train.sh
-    python -m megatron_rltd plan --from flags.txt --plot plan.png -- --train-layer-tokens 200000000000
+    python -m megatron_rltd plan --from flags.txt --plot plan.png -- --train-layer-tokens 200e9
     python -m megatron_rltd plan --gpus 64 --gpu h100 --from train.sh
 
 The flags are read and checked by Megatron itself, as in training. What comes after -- are flags;

@@ -61,12 +61,16 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def prepare(flags: list[str]) -> None:
-    """Do what ``python -m megatron_rltd`` does before Megatron runs."""
+def prepare(flags: list[str], training: Any) -> None:
+    """Do what ``python -m megatron_rltd`` does before Megatron runs.
+
+    Args:
+        training: A `megatron_rltd.training.state.Training`.
+    """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # seconds of importing what is not needed
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    versions.require_installed()
+    versions.check_installed()
     refuse_command_line(flags)
     from megatron_rltd.cpu import adapter
 
@@ -76,7 +80,7 @@ def prepare(flags: list[str]) -> None:
         adapter.CPU_ARGUMENTS.clear()
     from megatron_rltd.training import patches
 
-    patches.apply()
+    patches.apply(training)
     from megatron.training import arguments
 
     if importlib.util.find_spec("transformer_engine") is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from megatron_rltd.schedule import BatchSize, LayerTokens, Progress
+from megatron_rltd.schedule import BatchSize, LayerTokenCost, Progress
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Segment:
         return self.after(self.steps)
 
 
-def segments(counted: LayerTokens, batch_size: BatchSize, iterations: int) -> list[Segment]:
+def segments(counted: LayerTokenCost, batch_size: BatchSize, iterations: int) -> list[Segment]:
     """Return the steps of a run from its start, without going through them one by one.
 
     Args:
@@ -71,7 +71,7 @@ def segments(counted: LayerTokens, batch_size: BatchSize, iterations: int) -> li
 
 
 @dataclass
-class Run:
+class PlannedRun:
     """One run, from its first iteration to its last.
 
     Attributes:

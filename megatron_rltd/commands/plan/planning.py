@@ -20,10 +20,10 @@ from typing import Any
 
 from megatron_rltd.commands.plan import megatron_arguments
 from megatron_rltd.commands.plan.megatron_arguments import PlanError, refusals
-from megatron_rltd.commands.plan.planned_run import Run, segments
-from megatron_rltd.config import Resolved
+from megatron_rltd.commands.plan.planned_run import PlannedRun, segments
+from megatron_rltd.config import ResolvedConfig
 from megatron_rltd.patching import versions
-from megatron_rltd.schedule import LayerTokens, Schedule
+from megatron_rltd.schedule import LayerTokenCost, Schedule
 from megatron_rltd.training import budget
 
 
@@ -42,11 +42,11 @@ class Plan:
     """
 
     args: Any
-    resolved: Resolved | None
-    run: Run
-    same_samples: Run | None
-    same_layer_tokens: Run | None
-    dense: Run | None
+    resolved: ResolvedConfig | None
+    run: PlannedRun
+    same_samples: PlannedRun | None
+    same_layer_tokens: PlannedRun | None
+    dense: PlannedRun | None
     notes: list[str]
 
     @property
@@ -67,11 +67,13 @@ def make_plan(flags: list[str], gpus: int | None = None, dense_tokens: int | Non
     Raises:
         PlanError: This package or Megatron refuses the flags, or they do not say enough.
     """
+    flags = [flag for flag in flags if flag != "--cpu"]  # where to run it, not what
     with refusals():
-        megatron_arguments.prepare(flags)
-        from megatron.training import training
+        from megatron_rltd.training.state import Training
 
-        from megatron_rltd.training import state
+        ours = Training()
+        megatron_arguments.prepare(flags, ours)
+        from megatron.training import training
 
         training.update_train_iters = functools.partial(
             _update_train_iters, training.update_train_iters
@@ -80,18 +82,17 @@ def make_plan(flags: list[str], gpus: int | None = None, dense_tokens: int | Non
         decay = {name: getattr(args, name) for name in ("lr_decay_iters", "lr_decay_samples")}
         megatron_arguments.validate(args)
         notes = megatron_arguments.set_vocabulary(args)
-        random_ltd = state.active()
-        resolved = random_ltd.resolved if random_ltd else None
+        resolved = ours.random_ltd.resolved if ours.random_ltd else None
         scheduler = _make_scheduler(args)
         args.iteration = 0  # as where Megatron finds no checkpoint
-        state.continue_run()
+        ours.continue_run()
     run = _run(args, resolved, lambda: scheduler)
     with refusals():
         _check_batch_sizes(run)
     if getattr(args, "sft", None) or getattr(args, "dataloader_inter_document_masking", None):
         notes.append("packed documents are counted as whole sequences: FLOPs are an upper bound")
 
-    def dense(samples: int) -> Run:
+    def dense(samples: int) -> PlannedRun:
         return _dense_run(args, decay, _iterations(args, samples))
 
     tokens = run.end.layer_tokens
@@ -121,8 +122,8 @@ def _update_train_iters(original: Callable, args: Any) -> None:
     args.train_iters = end.iteration
 
 
-def _dense_layer_tokens(args: Any) -> LayerTokens:
-    return LayerTokens(Schedule(args.seq_length, args.seq_length, None), args.num_layers, 0)
+def _dense_layer_tokens(args: Any) -> LayerTokenCost:
+    return LayerTokenCost(Schedule(args.seq_length, args.seq_length, None), args.num_layers, 0)
 
 
 def _make_scheduler(args: Any) -> Any:
@@ -149,7 +150,9 @@ def _iterations(args: Any, samples: int) -> int:
     return max(1, other.train_iters)
 
 
-def _run(args: Any, resolved: Resolved | None, make_scheduler: Callable[[], Any]) -> Run:
+def _run(
+    args: Any, resolved: ResolvedConfig | None, make_scheduler: Callable[[], Any]
+) -> PlannedRun:
     """Return a run of ``args.train_iters`` iterations."""
     if not args.train_iters:
         raise PlanError("the run is shorter than one global batch")
@@ -163,11 +166,11 @@ def _run(args: Any, resolved: Resolved | None, make_scheduler: Callable[[], Any]
     if versions.release() >= (0, 18):
         # Megatron halves the squares of the sequence lengths.
         full = _flops(args, resolved, samples, 2 * args.seq_length**2)
-    return Run(args.seq_length, args.num_layers, found, causal, full, make_scheduler)
+    return PlannedRun(args.seq_length, args.num_layers, found, causal, full, make_scheduler)
 
 
 def _flops(
-    args: Any, resolved: Resolved | None, samples: dict[int, int], square: int | None = None
+    args: Any, resolved: ResolvedConfig | None, samples: dict[int, int], square: int | None = None
 ) -> float:
     """Return Megatron's count for a run.
 
@@ -191,7 +194,7 @@ def _flops(
     return math.fsum(counts)
 
 
-def _dense_run(args: Any, decay: dict[str, int | None], iterations: int) -> Run:
+def _dense_run(args: Any, decay: dict[str, int | None], iterations: int) -> PlannedRun:
     """Return a dense run of that many iterations, its learning rate by the same flags.
 
     Args:
@@ -211,7 +214,7 @@ def _dense_run(args: Any, decay: dict[str, int | None], iterations: int) -> Run:
     return run
 
 
-def _check_batch_sizes(run: Run) -> None:
+def _check_batch_sizes(run: PlannedRun) -> None:
     from megatron.core.num_microbatches_calculator import update_num_microbatches
 
     for start, _ in run.batch_sizes:

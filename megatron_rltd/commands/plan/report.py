@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_rltd.commands.plan.planned_run import Run
+from megatron_rltd.commands.plan.planned_run import PlannedRun
 from megatron_rltd.commands.plan.planning import Plan
 from megatron_rltd.patching import versions
 from megatron_rltd.schedule import Progress
@@ -20,13 +20,13 @@ NEAR = 1e-3  # of the learning rate's span: where a run without its last, incomp
 POINTS = 600  # of a learning rate's curve
 
 
-def runs(plan: Plan) -> dict[str, Run]:
+def runs(plan: Plan) -> dict[str, PlannedRun]:
     """Return the run, as "run", and by name what it is compared with."""
     names = ("run", "same_samples", "same_layer_tokens", "dense")
     return {name: run for name in names if (run := getattr(plan, name))}
 
 
-def quantities(plan: Plan, run: Run, tflops: float | None) -> dict[str, Any]:
+def quantities(plan: Plan, run: PlannedRun, tflops: float | None) -> dict[str, Any]:
     """Return the numbers of one run; hours at `tflops` TFLOP/s per GPU."""
     seconds = run.flops / (tflops * 1e12) if tflops else None
     return {
@@ -62,7 +62,7 @@ def ratios(run: dict[str, Any], other: dict[str, Any]) -> dict[str, float | None
     return {name: None if run[name] is None else run[name] / other[name] for name in RATIOS}
 
 
-def learning_rate_points(run: Run) -> dict[str, Progress]:
+def learning_rate_points(run: PlannedRun) -> dict[str, Progress]:
     """Return where in a run the learning rate is worth a look, by name, in order."""
     last = run.end.iteration
     points = {
@@ -180,7 +180,7 @@ def as_text(plan: Plan, tflops: float | None) -> str:
     return "\n".join([*lines, *([""] if remarks else []), *(f"- {text}" for text in remarks)])
 
 
-def _batch_sizes(run: Run) -> str:
+def _batch_sizes(run: PlannedRun) -> str:
     first, *later = run.batch_sizes
     if len(later) > 3:  # a ramp-up in small steps
         later = later[-1:]
@@ -213,7 +213,7 @@ def _comparison(plan: Plan, tflops: float | None) -> list[str]:
     return _aligned(table)
 
 
-def _learning_rates(run: Run) -> list[str]:
+def _learning_rates(run: PlannedRun) -> list[str]:
     table = [["after", "iteration", "samples", "LayerTokens per layer", "learning rate"]]
     points = learning_rate_points(run).items()
     for _, alike in groupby(points, key=lambda item: item[1].iteration):
@@ -224,7 +224,7 @@ def _learning_rates(run: Run) -> list[str]:
     return _aligned(table)
 
 
-def _kept(run: Run) -> str:
+def _kept(run: PlannedRun) -> str:
     text = f"kept tokens: {run.segments[0].kept:,} of {run.seq_length:,} at the start"
     if len(run.kept_lengths) > 1:
         text += f", {len(run.kept_lengths):,} different lengths"

@@ -1,0 +1,165 @@
+"""The default command: run a Megatron training script, with random-LTD if its flags ask for it."""
+
+import argparse
+import os
+import runpy
+import socket
+import sys
+import warnings
+from pathlib import Path
+
+import megatron_rltd
+from megatron_rltd.config import ConfigError, RankConfigError
+from megatron_rltd.patching import mechanism, versions
+from megatron_rltd.patching.mechanism import Patch
+from megatron_rltd.patching.versions import VersionError
+from megatron_rltd.refusals import refuse_command_line
+
+# Flags that cannot be known to Megatron without our patches.
+OUR_FLAGS = ("-h", "--help", "--random-ltd", "--layer-token-lr", "--train-layer-tokens")
+BUNDLED = {"pretrain_gpt": Path(megatron_rltd.__file__).parent / "pretrain" / "pretrain_gpt.py"}
+CPU_FLAG, CPU_VARIABLE = "--cpu", "MEGATRON_RLTD_CPU"
+
+
+def main(argv: list[str]) -> int:
+    """Run a script; return the exit status."""
+    if argv[0].startswith("-"):
+        return _fail(f"the first argument must be a script or a command, not {argv[0]}")
+    script = BUNDLED.get(argv[0], Path(argv[0]))
+    if not script.is_file():
+        return _fail(f"there is no script {argv[0]}; bundled: {', '.join(BUNDLED)}")
+    # Imported late where it is raised, for it comes with Megatron's model classes.
+    try:
+        args = prepare(script, argv[1:])
+        sys.argv = [str(script), *args]
+        runpy.run_path(str(script), run_name="__main__")
+    except KeyboardInterrupt:
+        return 130
+    except (RankConfigError, VersionError) as error:
+        return _fail(str(error), of_this_rank=True)
+    except ConfigError as error:
+        # The user's to mend: every rank finds it alike, so that one says it.
+        return _fail(str(error)) if _rank() == 0 else 2
+    except RuntimeError as error:
+        from megatron_rltd.model.block import ModelError
+
+        if isinstance(error, ModelError):
+            return _fail(str(error), of_this_rank=True)
+        raise
+    return 0
+
+
+def print_flags() -> None:
+    """Print the flags that are added to those of a script."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # seconds of importing what is not needed
+    warnings.filterwarnings("ignore")
+    from megatron_rltd.training.arguments import add_arguments
+
+    parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    parser.add_argument(
+        CPU_FLAG,
+        action="store_true",
+        help=f"Run on the CPU, on a machine without a GPU; {CPU_VARIABLE}=1 does the same.",
+    )
+    print(add_arguments(parser).format_help())
+
+
+def prepare(script: Path, args: list[str]) -> list[str]:
+    """Do what must be done before the script imports Megatron.
+
+    Returns:
+        The arguments that are the script's.
+
+    Raises:
+        ConfigError: An argument keeps ours from being checked.
+        RankConfigError: The device that is asked for is not there.
+        VersionError: This Megatron is not one that random-LTD was tested with.
+    """
+    # The script's folder comes first, as if python had been started with it: in a clone of
+    # Megatron-LM it holds the megatron package to run with.
+    sys.path.insert(0, str(script.resolve().parent))
+    if _rank() != 0:
+        warnings.filterwarnings("ignore")
+    _set_rendezvous_of_one_process()
+    if CPU_FLAG in args:
+        args = [argument for argument in args if argument != CPU_FLAG]
+        os.environ[CPU_VARIABLE] = "1"  # also for what the script starts
+    versions.check_installed()
+    replaced: list[Patch] = []
+    on_cpu = os.environ.get(CPU_VARIABLE, "0") not in ("", "0")
+    if on_cpu:
+        replaced += _use_cpu()
+    elif not {"-h", "--help"} & set(args):
+        _check_gpu()
+    from megatron_rltd.pretrain import compiled_helper
+
+    replaced += compiled_helper.use(even_in_clone=on_cpu).patches
+    if any(argument.startswith(OUR_FLAGS) for argument in args):
+        refuse_command_line(args)
+        from megatron_rltd.training import patches
+        from megatron_rltd.training.state import Training
+
+        replaced += patches.apply(Training()).patches
+    if replaced and _rank() == 0:
+        table = mechanism.describe(replaced)
+        print(f"megatron_rltd {megatron_rltd.__version__}: replaced symbols\n{table}", flush=True)
+    return args
+
+
+def _use_cpu() -> tuple[Patch, ...]:
+    from megatron_rltd.cpu import adapter
+
+    problem = adapter.why_no_training()
+    if problem:
+        raise RankConfigError([problem])
+    return adapter.enable().patches
+
+
+def _check_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    raise RankConfigError(
+        [
+            "no CUDA device is visible to this process"
+            + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else "")
+            + f": give it one, or add {CPU_FLAG} to the script's arguments to run on the CPU"
+        ]
+    )
+
+
+def _set_rendezvous_of_one_process() -> None:
+    """Let a script run without torchrun: Megatron reads these variables."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    defaults = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _fail(message: str, of_this_rank: bool = False) -> int:
+    """Say why a run ends before it began; return the exit status.
+
+    Args:
+        of_this_rank: Whether other ranks may be without this problem.
+    """
+    who = "megatron_rltd"
+    if of_this_rank and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        who += f" on {socket.gethostname()}, rank {_rank()}"
+    print(f"{who}: {message}", file=sys.stderr, flush=True)
+    return 2

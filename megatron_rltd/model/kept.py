@@ -1,0 +1,167 @@
+"""What the dropped layers of a block keep of one forward pass, drawn for all of them at once.
+
+Shapes: s sequence length, b samples of a pass, k kept tokens, c context-parallel size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rltd.config import ResolvedConfig
+from megatron_rltd.schedule import Step
+from megatron_rltd.tokens import ops
+from megatron_rltd.tokens.shards import (
+    OnDevice,
+    context_parallel_strata,
+    positions_end_to_end,
+    rows_of_strata,
+    sequence_parallel_strata,
+)
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What one layer keeps of a forward pass. All int32 and ascending in each row.
+
+    Attributes:
+        rows: [b, k on this rank], rows of this rank's hidden states.
+        local: [b, k/c], positions in the part of the sequence that the context-parallel rank
+            holds, in its own order; all of its tensor-parallel ranks'.
+        positions: [b, k], positions in the whole sequence.
+        length: Tokens of that sequence.
+
+    Packed samples, laid end to end, are one sequence here: b is 1, k and length are of all.
+    """
+
+    rows: Tensor
+    local: Tensor
+    positions: Tensor
+    length: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One of the forward passes of a step.
+
+    Attributes:
+        index: From 0.
+        micro_batches: How many of the run's micro-batches each pass of the step takes.
+    """
+
+    index: int
+    micro_batches: int = 1
+
+
+def draw_kept(
+    resolved: ResolvedConfig,
+    library: Any,
+    step: Step,
+    which: Pass,
+    layer_numbers: tuple[int, ...],
+    hidden_states: Tensor,
+    is_packed: bool,
+    groups: Any,
+    on_device: OnDevice,
+) -> dict[int, KeptTokens]:
+    """Return what layers of a block keep, by their numbers.
+
+    Args:
+        library: Of `ops.find_library`.
+        layer_numbers: Of the block's dropped layers.
+        hidden_states: [s on this rank, b, h], or [b * s, 1, h] if `is_packed`.
+        groups: The block's ``ProcessGroupCollection``.
+        on_device: Of `shards.cached_on_device`.
+
+    Raises:
+        RuntimeError: The hidden states do not have the length that was resolved.
+    """
+    from megatron.core.utils import get_pg_rank, get_pg_size
+
+    if not layer_numbers:
+        return {}
+    model, strata, length = resolved.model, resolved.strata, resolved.model.seq_length
+    rows, batch = hidden_states.shape[:2]
+    samples = _count_samples(resolved, rows, batch, is_packed)
+    indices = sample_indices(
+        step,
+        which,
+        samples,
+        get_pg_rank(groups.dp),
+        get_pg_size(groups.dp),
+        resolved.config.shared_indices,
+        hidden_states.device,
+        on_device,
+    )
+    positions = ops.sample_positions(
+        library,
+        resolved.seed,
+        on_device(layer_numbers, hidden_states.device, torch.int64),
+        indices,
+        length,
+        step.kept_tokens,
+        strata,
+    )
+    if 1 < positions.size(1) < samples:  # shared within each micro-batch of the pass
+        positions = positions.repeat_interleave(samples // positions.size(1), dim=1)
+    if is_packed:
+        positions = positions_end_to_end(positions, samples, length)
+        strata, length = strata * samples, length * samples
+    held = context_parallel_strata(strata, get_pg_rank(groups.cp), get_pg_size(groups.cp))
+    local = rows_of_strata(positions, held, length, strata, on_device)
+    rows_of_rank = local
+    if model.sequence_parallel_size > 1:
+        held = sequence_parallel_strata(held, get_pg_rank(groups.tp), model.sequence_parallel_size)
+        rows_of_rank = rows_of_strata(positions, held, length, strata, on_device)
+    if rows_of_rank.size(1) != batch:
+        rows_of_rank = rows_of_rank.expand(-1, batch, -1).contiguous()
+    return {
+        number: KeptTokens(rows_of_rank[i], local[i], positions[i], length)
+        for i, number in enumerate(layer_numbers)
+    }
+
+
+def _count_samples(resolved: ResolvedConfig, rows: int, batch: int, is_packed: bool) -> int:
+    model = resolved.model
+    expected = model.seq_length // model.sequence_parallel_size // model.context_parallel_size
+    samples = rows // expected if is_packed else batch
+    if samples < 1 or rows != (expected * samples if is_packed else expected):
+        raise RuntimeError(
+            f"random-LTD: hidden states have {rows} rows on this rank where --seq-length "
+            f"{model.seq_length} makes {expected} of a sample; variable lengths do not work, "
+            "another constant length is attach(seq_length=...)"
+        )
+    return samples
+
+
+def sample_indices(
+    step: Step,
+    which: Pass,
+    samples: int,
+    rank: int,
+    ranks: int,
+    shared: bool,
+    device: torch.device,
+    on_device: OnDevice,
+) -> Tensor:
+    """Return the global indices of the samples of a pass, [b] int64.
+
+    Megatron's order: micro-batch by micro-batch, in each the data-parallel ranks in turn
+    (``megatron/training/datasets/data_samplers.py:MegatronPretrainingSampler``).
+
+    Args:
+        samples: b.
+        rank, ranks: Data-parallel ones.
+        shared: Whether all samples of a micro-batch keep the same tokens; then only the index of
+            the first one of each is returned.
+    """
+    size, rest = divmod(samples, which.micro_batches)
+    if rest:
+        raise RuntimeError(
+            f"random-LTD: a pass of {which.micro_batches} micro-batches has {samples} samples"
+        )
+    start = step.consumed_samples + (which.index * which.micro_batches * ranks + rank) * size
+    drawn = 1 if shared else size
+    offsets = (i * ranks * size + j for i in range(which.micro_batches) for j in range(drawn))
+    return on_device(tuple(offsets), device, torch.int64) + start

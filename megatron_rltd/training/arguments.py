@@ -1,0 +1,129 @@
+"""Megatron's command line: our flags on its parser, and what its validated arguments ask for."""
+
+import argparse
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from megatron_rltd.config import (
+    FIELDS,
+    FLAG_PREFIX,
+    ConfigError,
+    ModelFacts,
+    RandomLTDConfig,
+    ResolvedConfig,
+    flag,
+    resolve,
+)
+from megatron_rltd.refusals import find_refused
+
+
+def whole_number(text: str) -> int:
+    """Return the integer of a text such as 300000000000 or 300e9.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        number = Decimal(text)
+        if number == number.to_integral_value():
+            return int(number)
+    except (InvalidOperation, OverflowError):
+        pass
+    raise ValueError(f"{text!r} is not a whole number")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--random-ltd`` and a flag for each field; harmless if they are there already.
+
+    Usable as Megatron's ``extra_args_provider``.
+    """
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    class PrefixedGroupFactory(ArgumentGroupFactory):
+        """Megatron's dataclass-to-flags factory, with our prefix on flag and namespace name."""
+
+        def _build_argparse_kwargs_from_field(self, attribute):
+            kwargs = super()._build_argparse_kwargs_from_field(attribute)
+            return {
+                **kwargs,
+                "arg_names": [flag(attribute.name)],
+                "dest": FLAG_PREFIX + attribute.name,
+            }
+
+    if any("--random-ltd" in action.option_strings for action in parser._actions):
+        return parser
+    group = PrefixedGroupFactory(RandomLTDConfig).build_group(parser, title="random-LTD")
+    group.add_argument(
+        "--random-ltd",
+        action="store_true",
+        help="Train with random layerwise token dropping. Evaluation never drops.",
+    )
+    group.add_argument(
+        "--layer-token-lr",
+        action="store_true",
+        help="Let warm-up, decay and weight-decay increments advance by LayerTokens, the tokens "
+        "summed over the layers that processed them, instead of samples. In --lr-warmup-samples "
+        "and its like a sample then stands for as many LayerTokens as a sample of which nothing "
+        "is dropped; decay defaults to the LayerTokens of the run.",
+    )
+    group.add_argument(
+        "--train-layer-tokens",
+        type=whole_number,
+        metavar="N",
+        help="Train until each layer has processed N tokens on average, N LayerTokens per layer: "
+        "the paper's unit for the length of a run. Instead of --train-iters or --train-samples.",
+    )
+    return parser
+
+
+def config_from_args(args: Any) -> RandomLTDConfig:
+    """Return the config that a parsed Megatron namespace holds."""
+    return RandomLTDConfig(**{name: getattr(args, FLAG_PREFIX + name) for name in FIELDS})
+
+
+def facts_from_args(args: Any) -> ModelFacts:
+    """Return what Megatron's validated arguments say of the model and its layout."""
+    return ModelFacts.of(
+        args,
+        seq_length=args.seq_length,
+        seed=args.seed,
+        micro_batch_size=args.micro_batch_size,
+    )
+
+
+def resolve_args(args: Any) -> ResolvedConfig:
+    """Return what a run with Megatron's validated arguments needs.
+
+    Raises:
+        ConfigError: Naming every unsupported feature and every wrong option.
+    """
+    problems = find_refused(args)
+    try:
+        resolved = resolve(config_from_args(args), facts_from_args(args))
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def refuse_without_random_ltd(args: Any) -> None:
+    """Refuse our flags where ``--random-ltd`` is absent, for they would do nothing.
+
+    Raises:
+        ConfigError: Naming them.
+    """
+    changed = [
+        flag(n) for n in FIELDS if getattr(args, FLAG_PREFIX + n) != getattr(RandomLTDConfig, n)
+    ]
+    if args.layer_token_lr:
+        changed.append("--layer-token-lr")
+    problems = [f"{name} does nothing without --random-ltd: add it" for name in changed]
+    if args.train_layer_tokens is not None:
+        samples = -(-args.train_layer_tokens // args.seq_length)
+        problems.append(
+            f"--train-layer-tokens {args.train_layer_tokens} needs --random-ltd: a dense run of as "
+            f"many LayerTokens takes --train-samples {samples}"
+        )
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,54 @@
+"""The table printed at start-up is what was replaced in the process, no more and no less."""
+
+import re
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests.megatron.test_training import BASE, LTD
+from tests.parallel import run_all
+
+PACKAGES = ("megatron", "torch")
+
+
+def _symbols() -> dict[str, int]:
+    """Return the identity of all that modules and their classes hold, by "module:name"."""
+    found = {}
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] not in PACKAGES:
+            continue
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            found[f"{module_name}:{name}"] = id(value)
+            if isinstance(value, type) and value.__module__ == module_name:
+                for attribute, member in list(vars(value).items()):
+                    found[f"{module_name}:{name}.{attribute}"] = id(member)
+    return found
+
+
+def _replaced(arguments: list[str], has_gpu: bool) -> list[str]:
+    """Return what `prepare` replaces in this process, and print what it prints."""
+    import torch
+
+    from megatron_rltd.commands.run import BUNDLED, prepare
+
+    with mock.patch.object(torch.cuda, "is_available", lambda: has_gpu):
+        before = _symbols()
+        prepare(Path(BUNDLED["pretrain_gpt"]), arguments)
+        after = _symbols()
+    return sorted(name for name, value in before.items() if after[name] != value)
+
+
+@pytest.mark.parametrize("flags", ["", LTD], ids=["dense", "random-LTD"])
+@pytest.mark.parametrize("has_gpu", [True, False], ids=["gpu", "cpu"])
+def test_the_printed_table_is_what_was_replaced(flags, has_gpu):
+    line = f"{BASE} {flags}" + ("" if has_gpu else " --cpu")
+    ((result),) = run_all(1, _replaced, line.split(), has_gpu)
+    replaced, output = result["value"], result["output"]
+    table = output.partition("replaced symbols\n")[2]
+    printed = set(re.findall(r"\b[\w.]+:[\w.]+", table))
+    assert printed - set(replaced) == set()
+    assert set(replaced) - printed == set()
+    counts = {("gpu", ""): 1, ("gpu", LTD): 9, ("cpu", ""): 40, ("cpu", LTD): 50}
+    assert len(replaced) >= counts["gpu" if has_gpu else "cpu", flags]
