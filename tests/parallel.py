@@ -3,9 +3,7 @@
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-
-from local_ranks import (  # noqa: E402
+from local_ranks import (
     RankError,
     Training,
     free_port,
@@ -26,6 +24,8 @@ __all__ = [
     "train",
     "train_on_this_rank",
 ]
+
+ROOT = Path(__file__).parent.parent
 
 
 def environment() -> dict[str, str]:

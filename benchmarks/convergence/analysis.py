@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, ins
 from arms import ARMS, QUESTIONS
 
 from megatron_rltd.commands.compare.run_logs import (
-    LAYER_TOKENS,
     SAMPLES,
     LoggedRun,
     Points,
@@ -30,6 +29,7 @@ from megatron_rltd.commands.compare.run_logs import (
     total_flops,
     validation,
 )
+from megatron_rltd.training import tags
 
 Row = dict[str, Any]
 
@@ -67,7 +67,7 @@ def read_all(folders: dict[tuple[str, int], Path]) -> tuple[list[Row], list[Row]
             | {
                 "iterations": end,
                 "samples": int(run.last(SAMPLES)),
-                "layer_tokens": int(run.last(LAYER_TOKENS)),
+                "layer_tokens": int(run.last(tags.LAYER_TOKENS)),
                 "flops": total_flops(run),
             }
         )
@@ -75,7 +75,7 @@ def read_all(folders: dict[tuple[str, int], Path]) -> tuple[list[Row], list[Row]
             at = {
                 "iteration": iteration,
                 "samples": int(run.points(SAMPLES)[iteration]),
-                "layer_tokens": int(run.points(LAYER_TOKENS)[iteration]),
+                "layer_tokens": int(run.points(tags.LAYER_TOKENS)[iteration]),
             }
             curves.append(of_run | at | {"validation_a": loss})
     return runs, curves

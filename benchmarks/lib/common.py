@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_rltd import __version__
+from megatron_rltd.commands.text_table import aligned
 from megatron_rltd.tokens import kernels
 
 RESULTS = Path("benchmarks/results")
@@ -140,7 +141,7 @@ def described(facts: Mapping[str, Any]) -> str:
 
 
 def table(columns: Mapping[str, tuple[str, str]], rows: Sequence[Row]) -> str:
-    """Return an aligned table: names to the left, numbers to the right.
+    """Return rows as an aligned table.
 
     Args:
         columns: {heading: (key of a row, format)}; a None is shown as "-".
@@ -150,11 +151,7 @@ def table(columns: Mapping[str, tuple[str, str]], rows: Sequence[Row]) -> str:
         ["-" if row[key] is None else format(row[key], form) for key, form in columns.values()]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligns = ["<" if form == "" else ">" for _, form in columns.values()]
-    specs = [f"{align}{width}" for align, width in zip(aligns, widths, strict=True)]
-    aligned = (map(format, line, specs) for line in lines)
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+    return aligned(lines)
 
 
 def write_results(folder: Path, tool: str, results: dict[str, Any]) -> Path:

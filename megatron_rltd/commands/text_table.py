@@ -10,4 +10,4 @@ def aligned(lines: list[list[str]], markdown: bool = False) -> str:
     specs = [f"{'>' if i else '<'}{w}" for i, w in enumerate(widths)]
     cells = [[format(t, spec) for t, spec in zip(line, specs, strict=True)] for line in lines]
     left, between, right = ("| ", " | ", " |") if markdown else ("", "  ", "")
-    return "\n".join(left + between.join(line) + right for line in cells)
+    return "\n".join((left + between.join(line) + right).rstrip() for line in cells)

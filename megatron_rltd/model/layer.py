@@ -115,7 +115,7 @@ def subsample(
         result["packed_seq_params"] = kept_packed_seq_params(packed, kept.positions, kept.length)
     if arguments.get("rotary_pos_emb") is not None:
         if angles is None:
-            angles = gather_angles(arguments["rotary_pos_emb"], {0: kept}, packed)[0]
+            angles = gather_angles(arguments["rotary_pos_emb"], {0: kept}, packed, library)[0]
         result["rotary_pos_emb"] = angles
     if arguments.get("attention_mask") is not None:
         result["attention_mask"] = kept_mask(arguments["attention_mask"], kept, library)
@@ -124,7 +124,9 @@ def subsample(
     return result
 
 
-def gather_angles(rotary: Any, kept: dict[int, KeptTokens], packed: Any) -> dict[int, Any]:
+def gather_angles(
+    rotary: Any, kept: dict[int, KeptTokens], packed: Any, library: Any
+) -> dict[int, Any]:
     """Return what ``rotary_pos_emb`` is for the kept tokens of every layer, gathered at once.
 
     Kept tokens have the angles of their true positions. Not differentiable: angles are no weights.
@@ -135,6 +137,7 @@ def gather_angles(rotary: Any, kept: dict[int, KeptTokens], packed: Any) -> dict
             angles, some of which may be None.
         kept: Layer number to its kept tokens.
         packed: The block's ``PackedSeqParams`` or None.
+        library: What implements the ops.
 
     Returns:
         Layer number to the same with [k/c, b, 1, d]: one set of angles for each sample, or
@@ -148,8 +151,13 @@ def gather_angles(rotary: Any, kept: dict[int, KeptTokens], packed: Any) -> dict
             positions = torch.cat([layer.positions for layer in layers]).view(1, -1)
             of_all = kept_packed_angles(angles, packed, positions, layers[0].length)
             return of_all.unflatten(0, (len(layers), -1))
-        rows = torch.stack([layer.local.t() for layer in layers])  # [l, k/c, b or 1]
         batch = angles.size(1)
+        if len(layers) == 1:  # one op less
+            local = layers[0].local
+            batch = max(batch, local.size(0))
+            table = angles.squeeze(2).expand(-1, batch, -1)
+            return library.gather(table, local.expand(batch, -1))[None, :, :, None]
+        rows = torch.stack([layer.local.t() for layer in layers])  # [l, k/c, b or 1]
         if batch > 1:
             rows = rows * batch + torch.arange(batch, dtype=rows.dtype, device=rows.device)
         of_all = angles.flatten(0, 2).index_select(0, rows.flatten())

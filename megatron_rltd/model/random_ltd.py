@@ -246,7 +246,7 @@ class RandomLTD:
         # Megatron recomputes groups with copies of the arguments, of which nothing is known here.
         if not grouped and plan_angles(rotary, kept, hidden_states, bool(recomputed)):
             plan.rotary = rotary
-            plan.angles = gather_angles(rotary, kept, packed)
+            plan.angles = gather_angles(rotary, kept, packed, self._library)
         return plan
 
     def _pass_index(self, block: Any) -> int:

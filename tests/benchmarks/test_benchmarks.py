@@ -356,7 +356,7 @@ def test_waits_of_random_ltd_are_told_from_megatrons(monkeypatch, dense, dropped
 
 def run_tool(name: str, *arguments: str) -> str:
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *arguments],
+        [sys.executable, str(ROOT / "benchmarks" / name), *arguments],
         env=environment(),
         capture_output=True,
         text=True,
@@ -485,7 +485,7 @@ def test_bench_sweep(tmp_path):
 )
 def test_what_cannot_be_measured(tool, arguments, message):
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), *arguments],
+        [sys.executable, str(ROOT / "benchmarks" / tool), *arguments],
         env=environment(),
         capture_output=True,
         text=True,

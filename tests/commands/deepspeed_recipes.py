@@ -5,7 +5,7 @@ import copy
 import math
 import shlex
 
-from megatron_rltd.commands.convert_deepspeed import command as convert_deepspeed_config
+from megatron_rltd.commands.convert_deepspeed import command as convert_deepspeed
 from megatron_rltd.commands.convert_deepspeed.launch import Launch, parse_words
 from megatron_rltd.training.arguments import add_arguments, config_from_args
 
@@ -142,7 +142,7 @@ FULL = "--random-ltd --seq-length 2048 --num-layers 24 --global-batch-size 512 "
 def convert(config, line="", **options):
     """Return the conversion of a configuration and a launch line."""
     launch = parse_words(shlex.split(line)) if line else Launch()
-    return convert_deepspeed_config.convert(copy.deepcopy(config), launch, **options)
+    return convert_deepspeed.convert(copy.deepcopy(config), launch, **options)
 
 
 def parse(flags):

@@ -1,4 +1,4 @@
-"""megatron_rltd/commands/convert_deepspeed/command.py as a user types it, and what it refuses."""
+"""`python -m megatron_rltd convert-deepspeed` as a user types it, and what it refuses."""
 
 import argparse
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rltd.commands.convert_deepspeed import command as convert_deepspeed_config
-from megatron_rltd.commands.convert_deepspeed import launch as deepspeed_launch
+from megatron_rltd.commands.convert_deepspeed import command as convert_deepspeed
+from megatron_rltd.commands.convert_deepspeed import launch
 from megatron_rltd.training.arguments import add_arguments
 from tests.commands.deepspeed_recipes import FULL, GPT3, RECIPES, changed, convert, gpt3
 
@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "migrating_from_deepspeed.md"
 
 def main(capsys, *argv):
     """Return exit status, output and errors."""
-    status = convert_deepspeed_config.main([str(word) for word in argv])
+    status = convert_deepspeed.main([str(word) for word in argv])
     return status, *capsys.readouterr()
 
 
@@ -78,11 +78,11 @@ def test_launch_file_with_flags_only(capsys, config_file, tmp_path):
 
 
 def test_it_runs_from_anywhere_without_an_installation(config_file, tmp_path):
-    script = ROOT / "tools" / "convert_deepspeed_config.py"
     process = subprocess.run(
-        [sys.executable, "-S", str(script), str(config_file)],  # -S: no installed packages
+        # -S: no installed packages
+        [sys.executable, "-S", "-m", "megatron_rltd", "convert-deepspeed", str(config_file)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -100,7 +100,7 @@ def test_what_is_removed():
         "--lr-warmup-tokens 3000000000": "now --lr-warmup-samples",
         "--lr-decay-tokens 300000000000": "now --lr-decay-samples",
         **{
-            flag: f"not a flag of Megatron-LM; in its place: {deepspeed_launch.RECOMPUTE}"
+            flag: f"not a flag of Megatron-LM; in its place: {launch.RECOMPUTE}"
             for flag in ("--checkpoint-activations", "--deepspeed-activation-checkpointing")
         },
         "--zero-stage 1": "not a flag of Megatron-LM; in its place: --use-distributed-optimizer "
@@ -144,8 +144,8 @@ def test_megatron_has_none_of_the_foreign_flags(megatron_parser):
     known = {name for action in megatron_parser._actions for name in action.option_strings}
     assert len(known) > 500
     exits = {"--checkpoint-activations"}  # parsed, to say that it is no longer valid
-    assert {flag for flag in known if deepspeed_launch.is_foreign(flag)} == exits
-    for instead in deepspeed_launch.INSTEAD.values():
+    assert {flag for flag in known if launch.is_foreign(flag)} == exits
+    for instead in launch.INSTEAD.values():
         names = re.findall(r"--[\w-]+", instead)
         assert names
         assert set(names) <= known
@@ -241,14 +241,14 @@ def test_what_cannot_be_converted_is_one_line(capsys, tmp_path, content, line, m
     status, out, err = main(capsys, path, *(("--launch", launch) if line else ()))
     assert (status, out) == (2, "")
     assert message in err
-    assert re.fullmatch(r"convert_deepspeed_config: .+\n", err)
+    assert re.fullmatch(r"convert-deepspeed: .+\n", err)
 
 
 def test_files_that_are_not_there(capsys, config_file, tmp_path):
     for argv in (tmp_path / "no.json",), (config_file, "--launch", tmp_path / "no.sh"):
         status, out, err = main(capsys, *argv)
         assert (status, out) == (2, "")
-        assert re.fullmatch(r"convert_deepspeed_config: cannot read .*: No such file .*\n", err)
+        assert re.fullmatch(r"convert-deepspeed: cannot read .*: No such file .*\n", err)
     status, _, err = main(capsys, config_file, "--launch", config_file, "--", "--lr", "1")
     assert (status, "not both" in err) == (2, True)
 
@@ -260,8 +260,9 @@ def test_the_page_shows_what_happens(capsys, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     Path("ds_config.json").write_text(config)
-    python, tool, *argv = shlex.split(command.replace("\\\n", ""))
-    assert (python, tool) == ("python", "megatron_rltd/commands/convert_deepspeed/command.py")
+    words = shlex.split(command.replace("\\\n", ""))
+    assert words[:4] == ["python", "-m", "megatron_rltd", "convert-deepspeed"]
+    argv = words[4:]
     status, out, err = main(capsys, *argv)
     assert status == 0
     assert err + out == output

@@ -1,6 +1,7 @@
 """The command that plans a run: what it prints, what it refuses, where it takes the flags from."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -8,16 +9,15 @@ import sys
 
 import pytest
 
+from megatron_rltd.commands.plan import command as plan
 from megatron_rltd.patching import versions
-from tests.commands.test_plan_run import IN_SAMPLES, RUNS, SPLITS_ATTENTION, plan_of
+from tests.commands.test_plan import IN_SAMPLES, RUNS, SPLITS_ATTENTION, plan_of
 from tests.megatron.test_training import BASE, LTD, MODEL, SEQ
 from tests.parallel import ROOT, run_all
 
-from megatron_rltd.commands.plan import command as plan_run  # isort: skip  # of tools/, where tests.parallel has Python look
-
 
 def _main(argv: list[str]) -> int:
-    return plan_run.main(argv)
+    return plan.main(argv)
 
 
 def command(line: str | list[str]) -> tuple[int, str]:
@@ -29,8 +29,9 @@ def command(line: str | list[str]) -> tuple[int, str]:
 
 def test_as_its_users_call_it(tmp_path):
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "plan_run.py"), "--", *f"{BASE} {LTD}".split()],
+        [sys.executable, "-m", "megatron_rltd", "plan", "--", *f"{BASE} {LTD}".split()],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=200,
@@ -155,7 +156,7 @@ OURS = "megatron_rltd refuses these arguments: "
 def test_what_is_wrong_is_one_line(line, message):
     status, output = command(line)
     assert status == 2
-    assert output.startswith("plan_run: ")
+    assert output.startswith("plan: ")
     assert output.count("\n") == 1
     assert message in output
 

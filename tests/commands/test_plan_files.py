@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.test_plan_command import command, plan_run
+from tests.commands.test_plan_command import command, plan
 from tests.megatron.test_training import BASE, LTD
 
 
@@ -25,7 +25,7 @@ from tests.megatron.test_training import BASE, LTD
     ],
 )
 def test_commands(text, script, flags):
-    assert plan_run.split_command(text.split()) == (script, flags)
+    assert plan.split_command(text.split()) == (script, flags)
 
 
 def test_words():
@@ -34,9 +34,9 @@ def test_words():
         "# --fp16 \\\n--y ''\n"
     )
     words = ["--lr", "1", "--data-path", "a b", "--bf16", "--x", "#", "--y", ""]
-    assert plan_run.words_of(text) == words
-    with pytest.raises(plan_run.PlanError, match="No closing quotation"):
-        plan_run.words_of("--x 'a")
+    assert plan.words_of(text) == words
+    with pytest.raises(plan.PlanError, match="No closing quotation"):
+        plan.words_of("--x 'a")
 
 
 def test_from_a_file_of_flags(tmp_path):

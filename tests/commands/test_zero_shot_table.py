@@ -5,10 +5,9 @@ import math
 
 import pytest
 
-from tests import parallel  # noqa: F401  puts tools/ on the path
-
-from megatron_rltd.commands.compare import command as compare_runs  # isort: skip
+from megatron_rltd.commands.compare import command as compare
 from megatron_rltd.commands.compare import zero_shot_table
+from tests import parallel  # noqa: F401  puts tools/ on the path
 
 STAMP = "2026-01-0{}T00-00-00.000000"
 # What each task's metric is called in the results of lm_eval 0.4.13.
@@ -64,7 +63,7 @@ def questions(path):
 
 def compared(capsys, *arguments):
     """Run the tool; return the lines that it printed."""
-    status = compare_runs.main(["--eval", *map(str, arguments)])
+    status = compare.main(["--eval", *map(str, arguments)])
     printed = capsys.readouterr()
     assert status == 0, printed.err
     return printed.out.splitlines()
@@ -162,7 +161,7 @@ def test_samples_that_cannot_be_read(tmp_path, capsys, content, said):
     folder = evaluation(tmp_path / "a")
     samples = next(folder.rglob("samples_*"))
     samples.write_text(content)
-    assert compare_runs.main(["--eval", f"a={folder}"]) == 2
+    assert compare.main(["--eval", f"a={folder}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--eval {samples}{said}" in line
 
@@ -181,13 +180,13 @@ def test_tasks_evaluated_one_by_one_and_again(tmp_path, capsys):
 
 
 def test_beside_training_runs_and_as_files(tmp_path, capsys):
-    from tests.commands.test_compare_runs import log
+    from tests.commands.test_compare import log
 
     runs = [f"{name}={log(tmp_path / name)}" for name in ("dense", "again")]
     found = evaluation(tmp_path / "eval")
     path = tmp_path / "result.json"
     arguments = [*runs, "--eval", f"dense={found}", "--json", str(path), "--markdown"]
-    assert compare_runs.main(arguments) == 0
+    assert compare.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| LayerTokens |" in printed
     assert "iso-data" in printed
@@ -214,12 +213,12 @@ def test_beside_training_runs_and_as_files(tmp_path, capsys):
 )
 def test_wrong_command_lines(tmp_path, capsys, arguments, said):
     evaluation(tmp_path)
-    assert compare_runs.main([argument.format(tmp_path) for argument in arguments]) == 2
+    assert compare.main([argument.format(tmp_path) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
 
 
 def test_a_file_of_something_else(tmp_path, capsys):
     (tmp_path / "results_1.json").write_text("[]")
-    assert compare_runs.main(["--eval", f"a={tmp_path}"]) == 2
+    assert compare.main(["--eval", f"a={tmp_path}"]) == 2
     assert "is not a result of lm_eval" in capsys.readouterr().err

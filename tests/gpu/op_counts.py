@@ -20,7 +20,7 @@ from tests.gpu import fake_gpt, fake_gpu
 from tests.gpu.fake_gpt import Case
 from tests.parallel import run
 
-GOLDEN = Path(__file__).parent / "golden" / "op_counts.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "op_counts.json"
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 PLAIN_TORCH = "plain torch, rope, documents"
 

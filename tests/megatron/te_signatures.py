@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-GOLDEN = Path(__file__).parent / "golden" / "transformer_engine.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "transformer_engine.json"
 _MEGATRON = "megatron.core.extensions.transformer_engine"
 ROTARY = f"{_MEGATRON}:fused_apply_rotary_pos_emb"
 CHECKPOINT = f"{_MEGATRON}:te_checkpoint"

@@ -23,7 +23,7 @@ LIBRARY = ops.find_library("auto")
 
 def kept_angles(angles, local):
     """Return the angles of one layer."""
-    return gather_angles(angles, {5: KeptTokens(local, local, local, S)}, None)[5]
+    return gather_angles(angles, {5: KeptTokens(local, local, local, S)}, None, LIBRARY)[5]
 
 
 def test_angles_are_those_of_the_true_positions():
@@ -110,7 +110,7 @@ def layers_kept(positions=INDICES):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_angles_of_all_layers_at_once(local, batch, dtype):
     angles, kept = torch.randn(S, batch, 1, 4).to(dtype), layers_kept(local)
-    at_once = gather_angles(angles, kept, None)
+    at_once = gather_angles(angles, kept, None, LIBRARY)
     assert at_once.keys() == kept.keys()
     for number, layer in kept.items():
         alone = subsample({"rotary_pos_emb": angles}, layer, LIBRARY)["rotary_pos_emb"]
@@ -124,7 +124,7 @@ def test_angles_of_all_layers_at_once(local, batch, dtype):
 def test_angles_in_tuples_at_once():
     first, second, kept = torch.randn(S, 1, 1, 4), torch.randn(S, 1, 1, 2), layers_kept()
     for rotary in [(first, second), (first, None), [first, first]]:
-        at_once = gather_angles(rotary, kept, None)
+        at_once = gather_angles(rotary, kept, None, LIBRARY)
         for number, layer in kept.items():
             alone = subsample({"rotary_pos_emb": rotary}, layer, LIBRARY)["rotary_pos_emb"]
             for ours, theirs in zip(at_once[number], alone, strict=True):
@@ -137,7 +137,7 @@ def test_a_layer_that_is_given_other_angles_than_its_block_uses_those():
     layer = SimpleNamespace(layer_number=4)
     for rotary in (of_block, others, None):
         plan = LayerPlan(None, kept, frozenset(kept), frozenset(), LIBRARY)
-        plan.rotary, plan.angles = of_block, gather_angles(of_block, kept, None)
+        plan.rotary, plan.angles = of_block, gather_angles(of_block, kept, None, LIBRARY)
         _, got = run_layer(
             layer,
             lambda hidden_states, rotary_pos_emb, **kwargs: (hidden_states, rotary_pos_emb),

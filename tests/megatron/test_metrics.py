@@ -9,12 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_rltd.config import ModelFacts, RandomLTDConfig, resolve
 from megatron_rltd.model.random_ltd import RandomLTD
 from megatron_rltd.patching import versions
+from megatron_rltd.training import metrics
 from megatron_rltd.training.metrics import (
-    FlopsSinceLog,
     add_to_log_line,
     floating_point_operations,
     write_scalars,
 )
+from megatron_rltd.training.state import Training
 from tests.gpt import BATCH, SEQ, VOCAB, batch, build, one_process
 
 LAYERS = 6
@@ -165,20 +166,38 @@ def test_weights_and_biases_get_what_tensorboard_gets(monkeypatch):
     assert [name for name, *_ in scalars[4:]] == list(logged[0][0]) + list(logged[1][0])
 
 
-def test_the_log_gets_the_mean_of_its_steps():
-    flops = FlopsSinceLog()
-    for operations in (1.0, 2.0, 6.0):
-        flops.begin_step()
-        assert not flops.is_for_log
-        flops.add(operations)
-    assert flops.is_for_log
-    flops.is_reset_by_log = False
-    assert flops.mean() == 3.0
-    flops.is_reset_by_log = True
-    assert flops.mean() == 3.0
-    flops.begin_step()
-    flops.add(5.0)
-    assert flops.mean() == 5.0
+def test_the_log_gets_the_mean_of_its_steps(monkeypatch):
+    """Megatron's log line is about the steps since its last line, the skipped ones included."""
+    import megatron.training
+
+    from megatron_rltd.training import checkpoint
+
+    args = types.SimpleNamespace()
+    checkpoint.set_consumed(args, 3, 4)
+    monkeypatch.setattr(megatron.training, "get_args", lambda: args)
+    monkeypatch.setattr(metrics, "write_scalars", lambda *_: None)
+    # A step's operations, as Megatron counts them after each step.
+    monkeypatch.setattr(metrics, "floating_point_operations", lambda *call: call[-1])
+    training = Training()
+    facts = types.SimpleNamespace(model=types.SimpleNamespace(seq_length=SEQ))
+    training.random_ltd = types.SimpleNamespace(resolved=facts)
+    logged = []
+
+    def training_log(loss_dict, total_loss_dict, learning_rate, iteration, skipped_iter):
+        logged.append(training.num_floating_point_operations(None, args, 0.0))
+
+    def step(operations, advanced, skipped, is_skipped=0):
+        sums = {"advanced iterations": advanced, "skipped iterations": skipped}
+        assert training.num_floating_point_operations(None, args, operations) == operations
+        training.training_log(training_log, {}, sums, 1e-3, 5, is_skipped)
+
+    step(1.0, 0, 0)
+    step(2.0, 1, 0)
+    step(6.0, 2, 0)
+    step(3.0, 0, 0)  # the first after a line that reset the sums
+    step(9.0, 1, 0, is_skipped=1)
+    step(6.0, 1, 1)
+    assert logged == [1.0, 1.5, 3.0, 3.0, 6.0, 6.0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from megatron_rltd import RandomLTD, RandomLTDConfig
 from megatron_rltd.model.kept import KeptTokens
 from megatron_rltd.model.layer import check_arguments, gather_angles
 from megatron_rltd.model.packed import kept_packed_angles, kept_packed_seq_params
+from megatron_rltd.tokens import ops
 from megatron_rltd.tokens.shards import positions_end_to_end
 from tests import gpt
 from tests.parallel import run
@@ -111,7 +112,7 @@ def test_angles_are_those_of_the_position_in_the_document(rows):
 def test_angles_of_all_layers_at_once(rows):
     angles, sets = torch.randn(rows, 1, 1, 4), [kept_positions(seed=seed) for seed in (1, 2, 3)]
     kept = {n: KeptTokens(rows=i, local=i, positions=i, length=T) for n, i in enumerate(sets)}
-    at_once = gather_angles(angles, kept, packed())
+    at_once = gather_angles(angles, kept, packed(), ops.find_library("auto"))
     for number, positions in enumerate(sets):
         alone = kept_packed_angles(angles, packed(), positions, T)
         assert torch.equal(at_once[number], alone)

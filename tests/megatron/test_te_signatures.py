@@ -5,6 +5,7 @@ tests/megatron/test_transformer_engine.py runs there.
 """
 
 import dataclasses
+import functools
 import inspect
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -14,8 +15,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_rltd import RandomLTD, RandomLTDConfig
+from megatron_rltd.model.layer import fused_rotary
 from megatron_rltd.model.packed import kept_packed_seq_params
-from megatron_rltd.training import patches
 from tests import gpt
 from tests.megatron.te_signatures import ATTENTION, CHECKPOINT, ROTARY, TE_ATTENTION, signature
 from tests.megatron.test_packed import T, kept_positions, packed
@@ -52,7 +53,7 @@ def test_fused_rope(monkeypatch):
         called.append((t.shape, t.data_ptr()))
         return rope_utils._apply_rotary_pos_emb_bshd(t, freqs[: t.size(0)])
 
-    fused = patches._fused_apply_rotary_pos_emb(kernel)
+    fused = functools.partial(fused_rotary, kernel)
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", fused)
     for groups in (None, 2):
         model = attached(gpt.build("rope", num_query_groups=groups))
@@ -139,14 +140,14 @@ def test_recomputation_under_fp8_is_megatrons(monkeypatch):
 
     def losses_and_gradients(model):
         model.zero_grad()
-        loss = gpt.loss_of(attached(model), gpt.document_mask())
+        loss = gpt.loss_of(model, gpt.document_mask())
         loss.backward()
         return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
-    expected = losses_and_gradients(gpt.build("rope"))
+    expected = losses_and_gradients(attached(gpt.build("rope")))
     options = {"recompute_granularity": "full", "recompute_method": "uniform"}
-    model = gpt.build("rope", recompute_num_layers=2, **options)
-    model.config.fp8 = "hybrid"
+    model = attached(gpt.build("rope", recompute_num_layers=2, **options))
+    model.config.fp8 = "hybrid"  # only now: a kept length that FP8 can take would drop nothing here
     for module in (recompute, transformer_block):
         monkeypatch.setattr(module, "get_fp8_context", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(recompute, "te_checkpoint", te_checkpoint)

@@ -8,16 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.parallel import ROOT, environment
-from tests.tools.hf_models import gpt2
-
-from megatron_rltd.commands.compare import command as compare_runs  # isort: skip  from tools, which tests.parallel puts on the path
 import export_hf
 import import_hf
+import pytest
 
+from megatron_rltd.commands.compare import command as compare
 from megatron_rltd.commands.compare import zero_shot_table
+from tests.parallel import ROOT, environment
+from tests.tools.hf_models import gpt2
 
 SCRIPT = ["bash", "tools/evaluation/eval_zero_shot.sh"]
 TASKS = "tests/scripts/lm_eval_tasks"
@@ -107,7 +105,7 @@ def test_lm_eval_runs_on_an_export(model, tmp_path, capsys):
     status, said = evaluate(model, tmp_path / "out", **variables)
     assert status == 0, said
     assert "next_number" in said
-    assert compare_runs.main(["--eval", f"tiny={tmp_path / 'out'}"]) == 0
+    assert compare.main(["--eval", f"tiny={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out
     score = 100 * scores_by_hand(model)
     line = next(line for line in printed.splitlines() if line.startswith("next_number"))

@@ -40,7 +40,7 @@ def script(tmp_path):
     def run(*arguments, **variables):
         log.write_text("")
         result = subprocess.run(
-            ["bash", ROOT / "tools" / "test_megatron_versions.sh", *arguments],
+            ["bash", ROOT / "tools" / "dev" / "test_megatron_versions.sh", *arguments],
             env={
                 "PATH": os.environ["PATH"],
                 "PYTHON": str(python),
@@ -70,8 +70,8 @@ def test_each_release_is_installed_once_and_tested(script, tmp_path):
     tested = [line.partition(": -m pytest ")[::2] for line in done[1::2]]
     assert [version for version, _ in tested] == ["0.17.1", "0.18.0"]
     for name in tested[0][1].split():
-        assert (ROOT / name).is_file()
-    assert len(tested[0][1].split()) >= 5
+        assert (ROOT / name).exists()
+    assert len(tested[0][1].split()) >= 4
     again = script("0.18.0")
     assert again[:2] == (status, printed)
     assert not [line for line in again[3] if "pip" in line]

@@ -296,7 +296,8 @@ def test_input_is_not_read_far_ahead():
 def test_workers_leave_interrupts_to_the_main_process():
     # In a new process: there the first worker starts differently.
     code = """
-import os, signal, workers
+import os, signal
+from text_data import workers
 with workers.WorkerPool(1) as pool:
     process = pool.call(eval, "__import__('os').getpid()")
     assert process != os.getpid()
@@ -797,7 +798,7 @@ def imported(*args):
 
 def test_help_imports_nothing_heavy():
     modules, text = imported(TOOLS / "preprocess_data.py", "--help")
-    assert {"argparse", "corpus"} <= modules
+    assert {"argparse", "text_data"} <= modules
     assert not modules & {"numpy", "torch", "megatron", "tokenizers", "transformers", "tqdm"}
     assert "--tokenizer-type {byte,bpe,HuggingFaceTokenizer}" in text
 
@@ -805,7 +806,8 @@ def test_help_imports_nothing_heavy():
 def test_workers_import_neither_torch_nor_transformers(bpe):
     file = f"{bpe[0]}_tokenizer/tokenizer.json"
     code = (
-        f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import tokenization, corpus\n"
+        f"import sys; sys.path.insert(0, {str(TOOLS)!r})\n"
+        "from text_data import tokenization, corpus\n"
         "record = corpus.Record('a', None, b'one two')\n"
         f"print(tokenization.encode_records({file!r}, ['text'], 0, [record]))"
     )

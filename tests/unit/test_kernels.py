@@ -73,7 +73,7 @@ def python(code: str, library: Path, **more: str) -> subprocess.CompletedProcess
 
 def kernels_of(library: Path, device: str) -> str:
     """Return what `kernels.missing_for` says with a library."""
-    code = f"from megatron_rltd import kernels, ops; print(kernels.missing_for({device!r}))"
+    code = f"from megatron_rltd.tokens import kernels, ops; print(kernels.missing_for({device!r}))"
     result = python(code, library)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout.strip()

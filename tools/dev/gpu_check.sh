@@ -108,7 +108,7 @@ if compgen -G "$bundle/*.whl" >/dev/null && [ ! -d "$work/site" ]; then
   mv "$work/site.part" "$work/site" # a folder of that name is a whole one
 fi
 if [ -d "$work/site" ]; then PATH=$work/site/bin:$PATH; fi
-PYTHONPATH=$root:$root/tools:$work/site${PYTHONPATH:+:$PYTHONPATH}
+PYTHONPATH=$root:$root/benchmarks:$work/site${PYTHONPATH:+:$PYTHONPATH}
 export PATH PYTHONPATH
 
 # need_kernels: build them, for this GPU only, and have all that follows use them.

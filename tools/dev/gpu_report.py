@@ -5,7 +5,7 @@ python tools/dev/gpu_report.py deepspeed
 python tools/dev/gpu_report.py losses ONE.log OTHER.log --tolerance 1e-3
 python tools/dev/gpu_report.py summary WORK OUT --device cuda
 
-The folders of this repository and of its tools are on PYTHONPATH.
+The folders of this repository and of its benchmarks are on PYTHONPATH.
 """
 
 import argparse

@@ -29,8 +29,6 @@ from megatron_rltd.commands.compare import zero_shot_table
 from megatron_rltd.commands.compare.plot import plot
 from megatron_rltd.commands.compare.run_logs import (
     ITERATION_TIME,
-    KEPT_TOKENS,
-    LAYER_TOKENS,
     SAMPLE_FLOPS,
     SAMPLES,
     VALIDATION,
@@ -43,6 +41,7 @@ from megatron_rltd.commands.compare.run_logs import (
     validation,
 )
 from megatron_rltd.commands.text_table import aligned
+from megatron_rltd.training import tags
 
 ISO_COMPUTE_TOLERANCE = 0.01
 LEAST_SAVING = 0.01  # below it the share realised is a quotient of noise
@@ -85,14 +84,14 @@ def jitter(run: LoggedRun) -> float:
 
 def _row(name: str, run: LoggedRun, base: LoggedRun) -> dict[str, Any]:
     losses = validation(run)[1]
-    samples, tokens, flops = run.last(SAMPLES), run.last(LAYER_TOKENS), total_flops(run)
+    samples, tokens, flops = run.last(SAMPLES), run.last(tags.LAYER_TOKENS), total_flops(run)
     seconds = total_seconds(run)
     same_part = run is not base and run.start == base.start
     quiet = max(jitter(run), jitter(base)) <= TOO_LOUD
     same_gpus = same_part and run.world_sizes == base.world_sizes and quiet
     saved = 1 - flops / total_flops(base) if same_part else math.nan
     faster = 1 - seconds / total_seconds(base) if same_gpus else math.nan
-    of_base = tokens / base.last(LAYER_TOKENS)
+    of_base = tokens / base.last(tags.LAYER_TOKENS)
     return {
         "run": name,
         "validation_loss": next(reversed(losses.values()), math.nan),
@@ -151,8 +150,9 @@ def _notes(run: LoggedRun, base: LoggedRun, baseline: str) -> Iterator[str]:
             "no iteration time or no throughput in the log: train with --log-timers-to-tensorboard "
             "and --log-throughput, and longer than --log-interval"
         )
-    if not run.points(LAYER_TOKENS) or not run.points(KEPT_TOKENS):
-        yield f"random-LTD is on, but '{LAYER_TOKENS}' or '{KEPT_TOKENS}' is not in the log"
+    if not run.points(tags.LAYER_TOKENS) or not run.points(tags.KEPT_TOKENS):
+        names = f"'{tags.LAYER_TOKENS}' or '{tags.KEPT_TOKENS}'"
+        yield f"random-LTD is on, but {names} is not in the log"
     if times and times == run.points(WARM_UP):
         yield "only one log interval, so the time includes warm-up: use a smaller --log-interval"
     if jitter(run) > TOO_LOUD:
@@ -214,7 +214,9 @@ def named_folders(texts: list[str], least: int = 2) -> dict[str, Path]:
 def main(argv: list[str] | None = None) -> int:
     """Print the table, write the files asked for; return the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m megatron_rltd compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="*", metavar="NAME=FOLDER", help="a run's --tensorboard-dir")
     text = "outputs of tools/evaluation/eval_zero_shot.sh"
@@ -241,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.json:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
     except (LogError, OSError, ModuleNotFoundError) as error:
-        print(f"compare_runs: {error}", file=sys.stderr)
+        print(f"compare: {error}", file=sys.stderr)
         return 2
     print(*printed, sep="\n\n")
     return 0

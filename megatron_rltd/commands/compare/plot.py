@@ -6,14 +6,13 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_rltd.commands.compare.run_logs import (
-    KEPT_TOKENS,
-    LAYER_TOKENS,
     LOSS,
     LoggedRun,
     Points,
     at_or_after,
     validation,
 )
+from megatron_rltd.training import tags
 
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito
 DASHES = "- -- -. :".split()
@@ -41,10 +40,16 @@ def plot(runs: dict[str, LoggedRun], path: Path) -> str:
     quantity, _, how = loss.partition(", ")
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     by_iteration, by_tokens, kept_tokens = panels = figure.subplots(1, 3)
-    most = max(filter(math.isfinite, (run.last(LAYER_TOKENS) for run in runs.values())), default=1)
+    most = max(
+        filter(math.isfinite, (run.last(tags.LAYER_TOKENS) for run in runs.values())), default=1
+    )
     exponent = int(math.log10(most)) // 3 * 3
     for i, (name, run) in enumerate(runs.items()):
-        points, tokens, kept = curves[name], run.points(LAYER_TOKENS), run.points(KEPT_TOKENS)
+        points, tokens, kept = (
+            curves[name],
+            run.points(tags.LAYER_TOKENS),
+            run.points(tags.KEPT_TOKENS),
+        )
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
         marked = style | {"marker": "o" if len(points) <= 40 else "", "markersize": 3}
         by_iteration.plot(points.keys(), points.values(), label=name, **marked)

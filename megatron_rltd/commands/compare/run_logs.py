@@ -1,10 +1,10 @@
 """What the TensorBoard folder of a Megatron run says about it: losses, samples, LayerTokens, time.
 
     run = read_run(Path("runs/dense/tensorboard"))
-    run.last(LAYER_TOKENS), total_flops(run), total_seconds(run)
+    run.last(tags.LAYER_TOKENS), total_flops(run), total_seconds(run)
 
 Megatron writes its arguments there too, so nothing else need be known. A restart adds an event
-file; all of a folder's files are one run. `compare_runs` compares runs and prints.
+file; all of a folder's files are one run. `command` compares runs and prints.
 """
 
 import math
@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from megatron_rltd.training import tags
+
 # Megatron's tags (megatron/training/training.py:training_log, evaluate_and_print_results).
 LOSS = "lm loss"
 VALIDATION = "lm loss validation"
@@ -24,9 +26,6 @@ BATCH_SIZE = "batch-size"
 ITERATION_TIME = "iteration-time"
 THROUGHPUT = "throughput"
 VS_SAMPLES = " vs samples"
-# Ours (megatron_rltd/training/metrics.py; not imported, because that needs torch).
-KEPT_TOKENS = "random-ltd kept tokens"
-LAYER_TOKENS = "random-ltd layer tokens"
 # Derived here.
 SAMPLES = "samples consumed"
 SAMPLE_FLOPS = "floating-point operations of a sample"
@@ -149,10 +148,12 @@ def join(starts: list[LoggedRun]) -> LoggedRun:
         for tag, points in _with_derived(start).items():
             joined[tag] |= points
     joined[ITERATION_TIME] = joined[ITERATION_TIME] or joined[WARM_UP]
-    if all(start.points(LAYER_TOKENS) for start in starts if start.drops):
-        joined[LAYER_TOKENS] = _with_dense(joined[LAYER_TOKENS], joined[SAMPLES], starts[-1].args)
+    if all(start.points(tags.LAYER_TOKENS) for start in starts if start.drops):
+        joined[tags.LAYER_TOKENS] = _with_dense(
+            joined[tags.LAYER_TOKENS], joined[SAMPLES], starts[-1].args
+        )
     else:
-        joined[LAYER_TOKENS] = {}
+        joined[tags.LAYER_TOKENS] = {}
     world_sizes = frozenset().union(*(start.world_sizes for start in starts))
     return LoggedRun(starts[-1].args, starts[0].start, starts[0].start_samples, world_sizes, joined)
 
@@ -168,7 +169,7 @@ def _with_derived(start: LoggedRun) -> dict[str, Points]:
     batches = at_or_after(start.points(BATCH_SIZE), ends)
     flops = [speeds[i] * 1e12 * times[i] * world_size for i in ends]
     return start.scalars | {
-        KEPT_TOKENS: start.points(KEPT_TOKENS) if start.drops else full_length,
+        tags.KEPT_TOKENS: start.points(tags.KEPT_TOKENS) if start.drops else full_length,
         SAMPLE_FLOPS: {i: n / batch for i, n, batch in zip(ends, flops, batches, strict=True)},
         WARM_UP: {i: seconds for i, seconds in times.items() if i == first},
         ITERATION_TIME: {i: seconds for i, seconds in times.items() if i != first},
@@ -200,7 +201,7 @@ def total_flops(run: LoggedRun) -> float:
     """
     import numpy as np
 
-    kept, samples, flops = (run.points(tag) for tag in (KEPT_TOKENS, SAMPLES, SAMPLE_FLOPS))
+    kept, samples, flops = (run.points(tag) for tag in (tags.KEPT_TOKENS, SAMPLES, SAMPLE_FLOPS))
     if not kept or not flops:
         return math.nan
     known = defaultdict(list)

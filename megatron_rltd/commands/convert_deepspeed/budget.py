@@ -1,9 +1,10 @@
 """How long a Megatron-DeepSpeed run trains and what its learning rate follows, as our flags.
 
-Part of convert_deepspeed_config.py. In Megatron-DeepSpeed a run of --random-ltd ends after
---train-tokens and its learning rate follows --lr-warmup-tokens and --lr-decay-tokens, all of them
-LayerTokens per layer. Here the first is --train-layer-tokens; with --layer-token-lr the others are
-Megatron's --lr-warmup-samples and --lr-decay-samples, a sample being seq_length of those tokens.
+Part of `python -m megatron_rltd convert-deepspeed`. In Megatron-DeepSpeed a run of --random-ltd
+ends after --train-tokens and its learning rate follows --lr-warmup-tokens and --lr-decay-tokens,
+all of them LayerTokens per layer. Here the first is --train-layer-tokens; with --layer-token-lr the
+others are Megatron's --lr-warmup-samples and --lr-decay-samples, a sample being seq_length of those
+tokens.
 """
 
 from dataclasses import dataclass, field

@@ -218,7 +218,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m megatron_rltd convert-deepspeed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("config", type=Path, metavar="JSON", help="the DeepSpeed configuration")
@@ -236,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             launch = parse_words(words) if words else Launch()
         result = convert(read_json(options.config), launch, options.pass_through)
     except ConversionError as error:
-        print(f"convert_deepspeed_config: {error}", file=sys.stderr)
+        print(f"convert-deepspeed: {error}", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps(asdict(result), indent=1))

@@ -1,6 +1,6 @@
 """The flags of a Megatron-DeepSpeed launch line, and which of them Megatron-LM does not have.
 
-Part of convert_deepspeed_config.py.
+Part of `python -m megatron_rltd convert-deepspeed`.
 """
 
 import re

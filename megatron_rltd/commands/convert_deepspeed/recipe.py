@@ -1,6 +1,6 @@
 """Read random-LTD's section of a DeepSpeed configuration.
 
-Part of convert_deepspeed_config.py. The keys are those that DeepSpeed reads
+Part of `python -m megatron_rltd convert-deepspeed`. The keys are those that DeepSpeed reads
 (deepspeed/runtime/data_pipeline/constants.py); what it refuses is refused here too.
 """
 

@@ -138,8 +138,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """
     split = argv.index("--") if "--" in argv else len(argv)
     parser = _Parser(
-        prog="plan_run.py",
-        usage="plan_run.py [options] (-- FLAGS | --from FILE [-- FLAGS])",
+        prog="python -m megatron_rltd plan",
+        usage="%(prog)s [options] (-- FLAGS | --from FILE [-- FLAGS])",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.plot:
             report.draw(plan, options.plot)
     except (PlanError, OSError, ModuleNotFoundError) as error:
-        print(f"plan_run: {error}", file=sys.stderr)
+        print(f"plan: {error}", file=sys.stderr)
         return 2
     print(text)
     return 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_rltd.commands.plan.planned_run import PlannedRun
 from megatron_rltd.commands.plan.planning import Plan
+from megatron_rltd.commands.text_table import aligned
 from megatron_rltd.patching import versions
 from megatron_rltd.schedule import Progress
 
@@ -210,7 +211,7 @@ def _comparison(plan: Plan, tflops: float | None) -> list[str]:
             if key in RATIOS and this[key] is not None:
                 shares = [ratios(this, other)[key] for other in numbers.values()]
                 table.append([f"  {heading}", "", *(f"{share:.3f}" for share in shares)])
-    return _aligned(table)
+    return aligned(table).splitlines()
 
 
 def _learning_rates(run: PlannedRun) -> list[str]:
@@ -221,7 +222,7 @@ def _learning_rates(run: PlannedRun) -> list[str]:
         tokens = _count(run.per_layer(at))
         rate = f"{run.learning_rate(at):.4e}"
         table.append([", ".join(names), f"{at.iteration:,}", f"{at.samples:,}", tokens, rate])
-    return _aligned(table)
+    return aligned(table).splitlines()
 
 
 def _kept(run: PlannedRun) -> str:
@@ -239,12 +240,6 @@ def _joined(plan: Plan) -> list[str]:
     if plan.resolved is None or plan.resolved.config.grow_micro_batch == 1:
         return []
     return [plan.resolved.joined_in_words(plan.micro_batches)]
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    specs = [f"{'>' if i else '<'}{w}" for i, w in enumerate(widths)]
-    return ["  ".join(map(format, line, specs)).rstrip() for line in table]
 
 
 def _count(number: float) -> str:

@@ -2,7 +2,6 @@ import csv
 import importlib.util
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -11,12 +10,10 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_rltd.commands.compare import command as compare_runs
+from megatron_rltd.commands.compare import command as compare
 from megatron_rltd.commands.compare import plot as comparison_plot
 from megatron_rltd.commands.compare import run_logs
-from megatron_rltd.training import metrics
-
-TOOLS = Path(compare_runs.__file__).parent
+from megatron_rltd.training import tags
 
 SEQ_LENGTH, NUM_LAYERS, NUM_DROPPED = 8, 4, 2
 DENSE_FLOPS = 2e12  # of a sample
@@ -100,7 +97,7 @@ def log(
 def run(capsys, *arguments):
     """Run the tool; return (what it printed, the JSON it wrote)."""
     path = next(Path(str(a).partition("=")[2]) for a in arguments if "=" in str(a)) / "result.json"
-    status = compare_runs.main([*map(str, arguments), "--json", str(path)])
+    status = compare.main([*map(str, arguments), "--json", str(path)])
     printed = capsys.readouterr()
     assert status == 0, printed.err
     return printed.out, json.loads(path.read_text())
@@ -153,7 +150,7 @@ def test_every_column(dense, tmp_path, capsys):
     }
     table = [re.split(r"\s{2,}", line) for line in printed.splitlines()[:3]]
     assert table == [
-        [*compare_runs.COLUMNS],
+        [*compare.COLUMNS],
         ["dense", "2.7500", "8", "32", "1,024", "100.0%", "-", "-", "-"],
         ["ltd", "2.8750", "8", "32", "768", "75.0%", "62.5%", "25.0%", "40%"],
     ]
@@ -202,7 +199,7 @@ def test_iterations_without_kept_tokens_are_filled(dense, tmp_path, capsys):
     # fp16: no loss is reported for an iteration whose update was skipped.
     ltd = log(tmp_path / "ltd", kept=4, flops=1e12)
     points = run_logs.read_run(ltd)
-    del points.scalars[run_logs.KEPT_TOKENS][4]
+    del points.scalars[tags.KEPT_TOKENS][4]
     assert run_logs.total_flops(points) == 32e12
 
 
@@ -293,11 +290,11 @@ def test_start_without_a_step_replaces_nothing(dense, tmp_path, capsys):
 def test_random_ltd_from_a_dense_checkpoint_and_back(dense, tmp_path, capsys):
     folder = log(tmp_path / "run", 4)
     log(folder, 8, start=4, start_samples=16, kept=4, layer_tokens=16 * 32)
-    assert run_logs.read_run(folder).last(run_logs.LAYER_TOKENS) == 16 * 32 + 16 * 24
+    assert run_logs.read_run(folder).last(tags.LAYER_TOKENS) == 16 * 32 + 16 * 24
     log(folder, 10, start=8, start_samples=32)
     joined = run_logs.read_run(folder)
-    assert joined.last(run_logs.LAYER_TOKENS) == 16 * 32 + 16 * 24 + 8 * 32
-    assert [*joined.points(run_logs.KEPT_TOKENS).values()] == [8.0] * 4 + [4.0] * 4 + [8.0] * 2
+    assert joined.last(tags.LAYER_TOKENS) == 16 * 32 + 16 * 24 + 8 * 32
+    assert [*joined.points(tags.KEPT_TOKENS).values()] == [8.0] * 4 + [4.0] * 4 + [8.0] * 2
 
 
 def test_iso_compute(dense, tmp_path, capsys):
@@ -344,9 +341,7 @@ def test_missing_tag(dense, tmp_path, capsys, tag, flags, missing):
     assert row["samples"] == 32
     assert tag == "iteration-time" or row["wall_clock_saved"] == 0.25
     line = next(line for line in printed.splitlines() if line.startswith("ltd "))
-    assert line.split().count("-") == len(
-        unknown & {key for key, _ in compare_runs.COLUMNS.values()}
-    )
+    assert line.split().count("-") == len(unknown & {key for key, _ in compare.COLUMNS.values()})
 
 
 def test_nothing_to_note(dense, tmp_path, capsys):
@@ -376,16 +371,16 @@ def test_note(dense, tmp_path, capsys, options, note):
 def test_noisy_times_are_noted(dense, tmp_path):
     other = log(tmp_path / "other", 20, log_interval=2)
     runs = {"dense": run_logs.read_run(dense), "other": run_logs.read_run(other)}
-    assert not any("wall-clock is rough" in note for note in compare_runs.notes(runs, "dense"))
+    assert not any("wall-clock is rough" in note for note in compare.notes(runs, "dense"))
     times = runs["other"].scalars[run_logs.ITERATION_TIME]
     times.update({i: 1.0 + 0.06 * (i % 4 == 0) for i in times})
     assert "other: neighbouring log intervals differ by over 5%, so wall-clock is rough" in (
-        compare_runs.notes(runs, "dense")
+        compare.notes(runs, "dense")
     )
-    assert compare_runs.summarise(runs, "dense")[1]["wall_clock_saved"] is not None
+    assert compare.summarise(runs, "dense")[1]["wall_clock_saved"] is not None
     times.update({i: 1.0 + 0.6 * (i % 4 == 0) for i in times})
-    assert any("the time says nothing" in note for note in compare_runs.notes(runs, "dense"))
-    row = compare_runs.summarise(runs, "dense")[1]
+    assert any("the time says nothing" in note for note in compare.notes(runs, "dense"))
+    row = compare.summarise(runs, "dense")[1]
     assert row["wall_clock_saved"] is row["saving_realised"] is None
     assert row["compute_saved"] is not None
 
@@ -502,11 +497,11 @@ def not_megatron(folder):
 def test_wrong_folder(dense, tmp_path, capsys, make, message):
     folder = tmp_path / "wrong"
     make(folder)
-    assert compare_runs.main([f"dense={dense}", f"wrong={folder}"]) == 2
+    assert compare.main([f"dense={dense}", f"wrong={folder}"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = printed.err.splitlines()
-    assert line.startswith(f"compare_runs: {folder} {message.format(folder=folder)}")
+    assert line.startswith(f"compare: {folder} {message.format(folder=folder)}")
 
 
 @pytest.mark.parametrize(
@@ -520,7 +515,7 @@ def test_wrong_folder(dense, tmp_path, capsys, make, message):
     ],
 )
 def test_wrong_command_line(dense, capsys, arguments, message):
-    assert compare_runs.main([argument.format(dense) for argument in arguments]) == 2
+    assert compare.main([argument.format(dense) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
@@ -529,12 +524,12 @@ def test_runs_are_named_after_their_folders(tmp_path):
     texts = [str(tmp_path / "a" / "tensorboard"), str(tmp_path / "lr=1"), "b=x=y"]
     for text in texts[:2]:
         Path(text).mkdir(parents=True)
-    named = compare_runs.named_folders(texts)
+    named = compare.named_folders(texts)
     assert named == {"a": Path(texts[0]), "lr=1": Path(texts[1]), "b": Path("x=y")}
 
 
-def test_as_a_script(dense, tmp_path):
-    script = [sys.executable, str(TOOLS / "compare")]
+def test_as_a_command(dense, tmp_path):
+    script = [sys.executable, "-m", "megatron_rltd", "compare"]
     result = subprocess.run(
         [*script, f"a={dense}", f"b={tmp_path / 'no'}"], capture_output=True, text=True
     )
@@ -547,19 +542,13 @@ def test_as_a_script(dense, tmp_path):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys, compare_runs\n"
-        "try:\n    compare_runs.main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom megatron_rltd.__main__ import main\n"
+        "try:\n    main(['compare', '--help'])\nexcept SystemExit:\n    pass\n"
         "print({'numpy', 'tensorboard', 'matplotlib', 'torch'} & set(sys.modules))"
     )
-    env = os.environ | {"PYTHONPATH": str(TOOLS)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--markdown" in result.stdout
     assert result.stdout.splitlines()[-1] == "set()"
-
-
-def test_tags_are_those_that_runs_log():
-    assert run_logs.KEPT_TOKENS == metrics.KEPT_TOKENS
-    assert run_logs.LAYER_TOKENS == metrics.LAYER_TOKENS
 
 
 def test_tags_are_those_that_megatron_logs():
