@@ -1,10 +1,20 @@
-"""One thread a process: the ranks of a test share two cores, and sums must not depend on timing."""
+"""Markers by folder; one thread a process, as ranks share two cores and sums must repeat."""
 
 import logging
 import os
 import warnings
+from pathlib import Path
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer-engine|absl).*")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+TIERS = {"unit": "unit", "megatron": "core"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in TIERS and not item.get_closest_marker("thorough"):
+            item.add_marker(TIERS[folder])

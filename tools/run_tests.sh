@@ -1,17 +1,30 @@
 #!/usr/bin/env bash
-# Check the code's style and types and run the tests; makes the environment on first use.
+# Check style and types and run the tests that a change should pass first; makes the environment.
 #
-#   bash tools/run_tests.sh                        everything
-#   bash tools/run_tests.sh tests/unit/test_ops.py      or whatever else pytest takes
+#   bash tools/run_tests.sh                          style, types, unit tests, the core with Megatron
+#   bash tools/run_tests.sh --all                    every test
+#   bash tools/run_tests.sh tests/unit/test_ops.py   or whatever else pytest takes, and nothing else
 set -euo pipefail
-# shellcheck disable=SC2034  # of environment.sh
-extras=(lm_eval mkdocs-material mkdocstrings-python)
+extras=()
+if [ "${1:-}" = --all ]; then
+  # shellcheck disable=SC2034  # of environment.sh
+  extras=(lm_eval mkdocs-material mkdocstrings-python)
+fi
 # shellcheck source=tools/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
-if [ $# -eq 0 ]; then
-  "$PYTHON" -m ruff check .
-  "$PYTHON" -m ruff format --check .
-  "$PYTHON" -m mypy
-fi
-exec "$PYTHON" -m pytest "$@"
+
+case ${1:-} in
+  "") selected=(-m "unit or core" tests/unit tests/megatron) ;;
+  --all) selected=("${@:2}") ;;
+  *) exec "$PYTHON" -m pytest "$@" ;;
+esac
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+"$PYTHON" -m pytest "${selected[@]}"
+[ $# -gt 0 ] || cat <<'END'
+Not run: tests marked thorough, and those of commands, tools, scripts, Slurm, benchmarks, docs and of
+code for GPUs on a made-up one. To run everything, in half an hour on two cores:
+  bash tools/run_tests.sh --all
+END

@@ -89,12 +89,14 @@ def _attention_class() -> type[torch.nn.Module]:
             """Return [s, b, a * d] of a query [s, b, a, d] and key and value [s, b, g, d]."""
             if any(x is not None for x in (attention_mask, attention_bias, packed_seq_params)):
                 raise ValueError("scaled_dot_product_attention here takes no mask, bias or packing")
-            heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+            query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             context = torch.nn.functional.scaled_dot_product_attention(
-                *heads_first,
+                query,
+                key,
+                value,
                 is_causal=True,
                 scale=self.scale,
-                enable_gqa=key.size(2) != query.size(2),
+                enable_gqa=key.size(1) != query.size(1),
             )
             return context.permute(2, 0, 1, 3).flatten(2)
 

@@ -14,7 +14,7 @@ from lib.moves import DEEPSPEED, DEEPSPEED_LINES, KERNELS, TORCH, Inputs, union_
 from lib.timing import Call
 from megatron_rltd.model.kept import KeptTokens
 from megatron_rltd.model.layer import gather_angles
-from megatron_rltd.tokens import reference
+from megatron_rltd.tokens import ops, reference
 
 ROTARY = 128  # d
 SEED = 1234
@@ -87,10 +87,10 @@ def _rotary(inputs: Inputs) -> tuple[str, dict[str, Timed]]:
 
     def one_by_one() -> None:
         for number, layer in kept.items():
-            gather_angles(angles, {number: layer}, None)
+            gather_angles(angles, {number: layer}, None, ops.find_library("torch"))
 
     moved = 2 * sum(indices.numel() for indices in sets) * ROTARY * angles.itemsize
-    at_once = functools.partial(gather_angles, angles, kept, None)
+    at_once = functools.partial(gather_angles, angles, kept, None, ops.find_library("auto"))
     return "rotary angles", {KERNELS: Timed(at_once, moved), TORCH: Timed(one_by_one, moved)}
 
 

@@ -45,7 +45,7 @@ OTHER_DATA = (
 )
 
 
-def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
     """Return this rank's part of the next micro-batch.
 
     Returns:

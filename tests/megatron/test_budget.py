@@ -61,6 +61,7 @@ def ramp_up(samples: int) -> int:
     return 4 if samples < 16 else 8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ramp", [IN_ITERS, IN_SAMPLES])
 def test_batch_size_ramp_up(ramp, tmp_path):
     line = f"{BASE} {OPTIONS} {ramp} {RAMP_UP} --train-layer-tokens {BUDGET}"
@@ -81,9 +82,16 @@ def rewind_to(folder, iteration: int) -> None:
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
 
 
-@pytest.mark.parametrize("ramp", [IN_ITERS, IN_SAMPLES])
-@pytest.mark.parametrize(("batch", "world_size"), [(12, 1), (4, 2)])
-@pytest.mark.parametrize("warmup", ["--lr-warmup-samples 8", "--lr-warmup-fraction 0.1"])
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("ramp", "batch", "world_size", "warmup"),
+    [
+        (IN_ITERS, 12, 1, "--lr-warmup-samples 8"),
+        (IN_ITERS, 4, 2, "--lr-warmup-fraction 0.1"),
+        (IN_SAMPLES, 12, 1, "--lr-warmup-fraction 0.1"),
+        (IN_SAMPLES, 4, 2, "--lr-warmup-samples 8"),
+    ],
+)
 def test_another_batch_size_from_the_middle(tmp_path, ramp, batch, world_size, warmup):
     line = f"{BASE} {OPTIONS} {ramp} {warmup} --train-layer-tokens {BUDGET} {FORMAT}"
     first = train(f"{line} --global-batch-size 8 --save {tmp_path} --save-interval 3")
@@ -98,6 +106,7 @@ def test_another_batch_size_from_the_middle(tmp_path, ramp, batch, world_size, w
     assert first.arguments["lr_decay_steps"] == resumed.arguments["lr_decay_steps"]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(versions.release() < (0, 19), reason="a flag of Megatron 0.19")
 def test_a_run_that_is_rewound_counts_from_its_schedule(tmp_path):
     line = f"{BASE} {OPTIONS} {IN_ITERS} --global-batch-size 8 --train-layer-tokens {BUDGET}"
@@ -108,6 +117,7 @@ def test_a_run_that_is_rewound_counts_from_its_schedule(tmp_path):
     assert again.layer_tokens == whole.layer_tokens
 
 
+@pytest.mark.thorough
 def test_a_budget_that_is_used_up_trains_no_further(tmp_path):
     line = f"{BASE} {OPTIONS} {IN_ITERS} --global-batch-size 8 {FORMAT} --lr-decay-samples 40"
     whole = train(f"{line} --train-layer-tokens {BUDGET} --save {tmp_path} --save-interval 100")
@@ -173,6 +183,7 @@ def test_budget_without_its_learning_rate():
     assert ours.learning_rates[-1] == 1e-4
 
 
+@pytest.mark.thorough
 def test_another_batch_size_without_its_learning_rate(tmp_path):
     options = OPTIONS.replace("--layer-token-lr", "--weight-decay-incr-style linear")
     options += " --start-weight-decay 0.01 --end-weight-decay 0.1"

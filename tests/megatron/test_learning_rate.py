@@ -259,8 +259,10 @@ def test_changing_how_it_advances_is_an_error(alone, tmp_path):
     assert resumed.learning_rates[-1] > 1e-4  # Megatron counts samples from there on
 
 
-@pytest.mark.parametrize("ramp", ["--random-ltd-ramp-iters 9", "--random-ltd-ramp-samples 72"])
-@pytest.mark.parametrize("batch", [4, 12])
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("ramp", "batch"), [("--random-ltd-ramp-iters 9", 4), ("--random-ltd-ramp-samples 72", 12)]
+)
 def test_another_batch_size_goes_on_along_the_same_schedule(tmp_path, ramp, batch):
     options = f"{BASE} {LTD} {LR} {WD} {FORMAT}".replace("--random-ltd-ramp-iters 9", ramp)
     options = options.replace(f"--train-iters {STEPS}", "--train-samples 48")

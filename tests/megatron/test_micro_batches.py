@@ -326,6 +326,7 @@ LAYOUT = (
 )
 
 
+@pytest.mark.thorough
 def test_through_megatrons_loop(tmp_path):
     """Growth, saved in the middle of the ramp and continued on stages and slices of it."""
     alone = train(f"{MODEL} {LTD}")

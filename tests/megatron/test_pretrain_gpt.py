@@ -41,6 +41,7 @@ MODELS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model", MODELS)
 def test_the_model_of_older_releases_is_megatrons(tmp_path, model):
     (tmp_path / "layer_spec.py").write_text(SPEC)

@@ -56,19 +56,23 @@ def _tensors_differ(ours: str, theirs: str) -> list[str]:
     return sorted(set(a) ^ set(b)) + [n for n in a if n in b and not torch.equal(a[n], b[n])]
 
 
+PIPELINE = (2, "--pipeline-model-parallel-size 2")
+OVERLAP = (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
+
+
+def thorough(*case):
+    return pytest.param(*case, marks=pytest.mark.thorough)
+
+
 @pytest.mark.parametrize(
     ("layout", "place", "count"),
     [
         ((1, ""), "micro-batch", 14),  # in step 4 of 6, of 4 micro-batches each
-        ((1, "--use-distributed-optimizer"), "saved", 2),
-        ((2, "--pipeline-model-parallel-size 2"), "micro-batch", 19),
-        ((2, "--pipeline-model-parallel-size 2"), "save", 2),
-        ((2, "--tensor-model-parallel-size 2 --sequence-parallel"), "saved", 1),
-        (
-            (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
-            "micro-batch",
-            7,  # of 2 micro-batches on each rank
-        ),
+        thorough((1, "--use-distributed-optimizer"), "saved", 2),
+        thorough(PIPELINE, "micro-batch", 19),
+        thorough(PIPELINE, "save", 2),
+        thorough((2, "--tensor-model-parallel-size 2 --sequence-parallel"), "saved", 1),
+        thorough(OVERLAP, "micro-batch", 7),  # of 2 micro-batches on each rank
     ],
 )
 def test_killed_and_resumed_is_bit_equal(tmp_path, layout, place, count):

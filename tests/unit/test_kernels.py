@@ -105,6 +105,7 @@ ops.gather_tokens(hidden.expand(-1, -1, 2**27), indices)
 """
 
 
+@pytest.mark.thorough
 @needs_nvcc
 def test_kernels_for_gpus_compile_without_spills(for_gpus):
     library, output = for_gpus
@@ -161,6 +162,7 @@ def errors_of_ops(library: Path, folder: Path, *flags: str) -> dict[str, str]:
     return {k: v and v.replace(printed, result.stderr) for k, v in said.items()}
 
 
+@pytest.mark.thorough
 @needs_nvcc
 @pytest.mark.parametrize("error", ["CUDA error: ", ""], ids=["torch's", "the launch's"])
 def test_every_op_on_a_gpu_gets_to_cuda_and_says_what_fails(for_gpus, tmp_path, error):
@@ -173,6 +175,7 @@ def test_every_op_on_a_gpu_gets_to_cuda_and_says_what_fails(for_gpus, tmp_path, 
         assert ("CUDA error: " in said[name]) == bool(error)
 
 
+@pytest.mark.thorough
 @needs_nvcc
 def test_a_torch_without_cuda_streams_has_no_kernels_for_gpus(for_gpus, tmp_path):
     said = errors_of_ops(for_gpus[0], tmp_path, "-DWITHOUT_LIBTORCH_CUDA")
@@ -186,6 +189,7 @@ def test_a_torch_without_cuda_streams_has_no_kernels_for_gpus(for_gpus, tmp_path
         assert f"megatron_rltd: the kernels are {reason}" in said[name]
 
 
+@pytest.mark.thorough
 @needs_compiler
 def test_the_code_of_the_gpu_kernels_on_a_cpu(tmp_path):
     # tests/unit/emulated_cuda.h runs each CUDA thread as one of the CPU's.
