@@ -181,6 +181,8 @@ def main() -> None:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)
     args = parser.parse_args()
+    if not (args.cpu or torch.cuda.is_available()):
+        parser.error("there is no GPU: give --cpu to run on the CPU")
     logging.getLogger("megatron").setLevel(logging.WARNING)
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (variables | {"MASTER_PORT": "29513"}).items():

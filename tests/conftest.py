@@ -2,11 +2,14 @@
 
 import logging
 import os
+import signal
 import warnings
 from pathlib import Path
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell's background jobs ignore Ctrl-C, and so would all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer-engine|absl).*")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 
 import pytest
 
@@ -259,19 +258,17 @@ def _plan_a_long_run(flags: list[str]) -> list:
         return update(*args, **kwargs)
 
     calculators.StepBatchsizeNumMicroBatchesCalculator.update = counted
-    start = time.monotonic()
     plan = make_plan(flags, dense_tokens=15 * 10**12)
-    return [plan.run.end.iteration, len(plan.run.segments), len(calls), time.monotonic() - start]
+    return [plan.run.end.iteration, len(plan.run.segments), len(calls)]
 
 
 @pytest.mark.skipif(versions.release() < (0, 18), reason="another ramp-up of the batch size")
 def test_fifteen_trillion_tokens_are_planned_at_once():
     flags = f"{LONG} --step-batch-size-schedule 0:256,1T:512,4T:1024"
-    iterations, levels, calls, seconds = run(1, _plan_a_long_run, flags.split())[0]
+    iterations, levels, calls = run(1, _plan_a_long_run, flags.split())[0]
     assert iterations > 2_000_000
     assert 500 < levels < 520
-    assert calls < 3000
-    assert seconds < 10  # a second where nothing else runs
+    assert calls < 3000  # not one for each iteration
 
 
 def _both_counts(flags: list[str], samples: list[int]) -> list[list[int]]:

@@ -4,7 +4,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -147,9 +146,7 @@ def test_the_second_start_sets_up_nothing(machine):
     fake_python(machine, "bin/python3.12")
     source(machine)
     (machine / "log").unlink()
-    start = time.monotonic()
     status, python, said, done = source(machine)
-    assert time.monotonic() - start < 5
     assert (status, python, said) == (0, str(machine / "venv/bin/python"), "")
     assert "-m pip" not in done
 

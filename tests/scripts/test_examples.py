@@ -17,7 +17,7 @@ def losses_of(*launcher_and_options: str) -> list[tuple[str, str, str]]:
     launcher = [o for o in launcher_and_options if o.startswith(("-m", "--n", "--master", "torch"))]
     options = [o for o in launcher_and_options if o not in launcher]
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, str(SCRIPT), "--steps", "5", *options],
+        [sys.executable, "-W", "ignore", *launcher, str(SCRIPT), "--cpu", "--steps", "5", *options],
         env={**os.environ, "PYTHONPATH": str(ROOT), "MASTER_PORT": str(free_port())},
         capture_output=True,
         text=True,

@@ -22,6 +22,7 @@ from text_data import corpus, tokenization, workers
 
 TOOLS = Path(preprocess_data.__file__).parent
 EOD_TEXT = "<|endoftext|>"
+TIMEOUT_S = 300  # ends what hangs; nothing takes so long
 # Bytes that a text layer might change: all line ends, a lone accent, astral characters, a tab.
 TEXTS = [
     "def f(x):\n\treturn x\n",
@@ -685,9 +686,9 @@ def session(number):
     return found
 
 
-def wait_until(condition, seconds):
+def wait_until(condition):
     """Return whether the condition became true in time."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + TIMEOUT_S
     while not condition():
         if time.monotonic() > end:
             return False
@@ -733,19 +734,19 @@ def untouched(out):
 
 def test_interrupt_while_writing_leaves_nothing(long_run):
     process, out = long_run("byte")
-    assert wait_until(lambda: any(p.stat().st_size for p in out.glob("x.*.tmp/text.bin")), 60)
+    assert wait_until(lambda: any(p.stat().st_size for p in out.glob("x.*.tmp/text.bin")))
     assert len(session(process.pid)) >= 3  # this one and two workers
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    stdout, stderr = process.communicate(timeout=20)
+    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == "preprocess_data.py: stopped; no incomplete file is left"
     assert "Traceback" not in stderr and stdout == ""
     assert untouched(out)
-    assert wait_until(lambda: not session(process.pid), 5), "orphans"
+    assert wait_until(lambda: not session(process.pid)), "orphans"
 
 
 def started_training(process, out):
-    assert wait_until(lambda: list(out.glob("x.*.tmp")) and len(session(process.pid)) >= 3, 20)
+    assert wait_until(lambda: list(out.glob("x.*.tmp")) and len(session(process.pid)) >= 3)
     time.sleep(0.3)  # into the training, whose loop is not Python's
 
 
@@ -759,12 +760,12 @@ def test_interrupt_while_training_leaves_nothing(number, long_run):
     process, out = long_run("bpe", "--vocab-size", 300)
     started_training(process, out)
     os.kill(process.pid, number)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == "preprocess_data.py: stopped; no incomplete file is left"
     assert "Traceback" not in stderr
     assert untouched(out)
-    assert wait_until(lambda: not session(process.pid), 5), "orphans"
+    assert wait_until(lambda: not session(process.pid)), "orphans"
 
 
 def test_workers_end_with_a_killed_main_process(long_run):
@@ -772,14 +773,14 @@ def test_workers_end_with_a_killed_main_process(long_run):
     started_training(process, out)
     process.kill()
     process.wait()
-    assert wait_until(lambda: not session(process.pid), 5), "orphans"
+    assert wait_until(lambda: not session(process.pid)), "orphans"
 
 
 def test_killed_worker_is_reported(long_run):
     process, out = long_run("bpe", "--vocab-size", 300)
     started_training(process, out)
     os.kill(youngest(process), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 2
     assert "error: a worker was killed, most likely for lack of memory" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
