@@ -10,7 +10,7 @@ import inspect
 from fractions import Fraction
 from typing import Any
 
-from megatron_rltd.config import ConfigError, ResolvedConfig
+from megatron_rltd.config import ConfigError, ResolvedConfig, to_flag
 from megatron_rltd.patching import versions
 from megatron_rltd.schedule import BatchSize, Progress
 
@@ -68,10 +68,12 @@ def _unit_problems(args: Any) -> list[str]:
     if budget is not None and budget <= 0:
         problems.append(f"--train-layer-tokens {budget} must be positive")
     if iterations and samples:
-        both = f"{_flag(iterations[0])} counts iterations and {_flag(samples[0])} samples: "
+        both = f"{to_flag(iterations[0])} counts iterations and {to_flag(samples[0])} samples: "
         length = next((n for n in (iterations[-1], samples[-1]) if n.startswith("train")), None)
         if budget is not None and length:
-            both += f"leave {_flag(length)} away, for --train-layer-tokens says how long the run is"
+            both += (
+                f"omit {to_flag(length)}, because --train-layer-tokens sets the length of the run"
+            )
         else:
             both += "give all in one unit"
         problems.append(both)
@@ -79,7 +81,7 @@ def _unit_problems(args: Any) -> list[str]:
     grows = args.step_batch_size_schedule if ramp_up_is_ignored else args.rampup_batch_size
     if iterations and grows:
         problems.append(
-            f"{_flag(iterations[0])} is no number of samples while the batch grows: give lengths "
+            f"{to_flag(iterations[0])} is no number of samples while the batch grows: give lengths "
             "in samples (--train-samples, --lr-warmup-samples, ...)"
         )
     if ramp_up_is_ignored and getattr(args, "rampup_batch_size", None):
@@ -89,7 +91,7 @@ def _unit_problems(args: Any) -> list[str]:
         )
     for name in ("lr_warmup_iters", "lr_warmup_samples"):
         if args.lr_warmup_fraction is not None and getattr(args, name):
-            problems.append(f"give one of --lr-warmup-fraction and {_flag(name)}, not both")
+            problems.append(f"give one of --lr-warmup-fraction and {to_flag(name)}, not both")
     if budget is not None and getattr(args, "iterations_to_skip", None):
         problems.append(
             "--iterations-to-skip makes a run shorter than --train-layer-tokens: give its length "
@@ -98,18 +100,14 @@ def _unit_problems(args: Any) -> list[str]:
     return problems
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _set_budget(args: Any, resolved: ResolvedConfig) -> list[str]:
     end = end_of_budget(args, resolved, Progress())
     for name, needed in (("train_iters", end.iteration), ("train_samples", end.samples)):
         given = getattr(args, name)
         if given and given != needed:
             return [
-                f"--train-layer-tokens {args.train_layer_tokens} takes {_flag(name)} {needed} from "
-                f"the start of a run, not {given}: leave {_flag(name)} away"
+                f"--train-layer-tokens {args.train_layer_tokens} takes {to_flag(name)} {needed} "
+                f"from the start of a run, not {given}: omit {to_flag(name)}"
             ]
     if any(getattr(args, name, None) for name in _UNITS["iters"]):
         args.train_iters = end.iteration
@@ -129,9 +127,9 @@ def _learning_rate_problems(args: Any, resolved: ResolvedConfig) -> list[str]:
         length = (getattr(args, name, None) or 0) * size
         if length > decay or (length == decay and "warmup" in name and length):
             problems.append(
-                f"{_flag(name)} {length // size} is {length} samples, too long for a learning rate "
-                f"that decays over {float(decay):.10g} samples: under --layer-token-lr these are "
-                "samples' worth of LayerTokens, by default those of the run"
+                f"{to_flag(name)} {length // size} is {length} samples, too long for a learning "
+                f"rate that decays over {float(decay):.10g} samples: under --layer-token-lr these "
+                "are samples' worth of LayerTokens, by default those of the run"
             )
     return problems
 

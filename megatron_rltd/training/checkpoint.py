@@ -83,7 +83,7 @@ def check_learning_rate(checkpoint_args: Any, args: Any) -> None:
     if saved != args.layer_token_lr:
         problems.append(
             f"the checkpoint was trained {'with' if saved else 'without'} --layer-token-lr: "
-            f"{'add it' if saved else 'leave it away'}, or add --override-opt-param-scheduler to "
+            f"{'add it' if saved else 'omit it'}, or add --override-opt-param-scheduler to "
             "change how the learning rate advances from here"
         )
     budgets = [getattr(a, "train_layer_tokens", None) for a in (checkpoint_args, args)]
