@@ -3,7 +3,7 @@
     python -m megatron_rltd SCRIPT ARGS...               one process
     torchrun ... -m megatron_rltd SCRIPT ARGS...         many
     python -m megatron_rltd --help                       the flags that it adds to ARGS
-    python -m megatron_rltd check                        what is installed and would be replaced
+    python -m megatron_rltd check                        what is installed, what would be replaced
     python -m megatron_rltd plan ...                     what a run will cost and save
     python -m megatron_rltd compare ...                  what finished runs say of each other
     python -m megatron_rltd convert-deepspeed ...        a DeepSpeed configuration as flags

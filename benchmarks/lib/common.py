@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from megatron_rltd import __version__
 from megatron_rltd.commands.text_table import aligned
+from megatron_rltd.patching.versions import package_version
 from megatron_rltd.tokens import kernels
 
 RESULTS = Path("benchmarks/results")
@@ -87,8 +87,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "megatron_rltd": __version__,
-        "megatron_core": _version("megatron-core"),
-        "transformer_engine": _version("transformer-engine"),
+        "megatron_core": package_version("megatron-core"),
+        "transformer_engine": package_version("transformer-engine"),
         "kernels": f"none ({missing})" if missing else "compiled",
         "command": shlex.join(["python", *sys.argv]),
     }
@@ -111,13 +111,6 @@ def _cpu_name() -> str:
         facts = ""
     names = re.findall(r"^model name\s*: (.+)$", facts, re.MULTILINE)
     return names[0].strip() if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _driver() -> str | None:

@@ -137,7 +137,11 @@ def describe(patches: Iterable[Patch]) -> str:
 
 def fingerprint(function: Any) -> str:
     """Return 16 hex digits of the SHA-256 of a function's source text, docstring and all."""
-    source = inspect.getsource(inspect.unwrap(function))
+    return hash_source(inspect.getsource(inspect.unwrap(function)))
+
+
+def hash_source(source: str) -> str:
+    """Return the `fingerprint` of a function from its source text."""
     text = "\n".join(line.rstrip() for line in source.strip().splitlines())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -407,7 +407,7 @@ def test_another_transformers_is_refused_at_once(tmp_path, capsys, monkeypatch, 
         return found
 
     gpt2().save_pretrained(tmp_path / "hf")
-    monkeypatch.setattr(hf_config.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     said = f"transformers {found} is old" if found else "no transformers is installed"
     said += ": pip install 'transformers>=5'"
     arguments = ["--output", tmp_path / "o"]

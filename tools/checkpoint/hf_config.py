@@ -3,10 +3,12 @@
 Either way, what the other side does not have is refused, all of it at once and by name.
 """
 
-from importlib import metadata
 from typing import Any
 
 from hf_weights import TITLES, ConversionError, Shape
+
+from megatron_rltd.config import to_flag
+from megatron_rltd.patching.versions import package_version
 
 # What no Hugging Face GPT-2 or Llama has. These arguments must be at the value here, or unset.
 NEUTRAL: dict[str, Any] = {
@@ -64,10 +66,7 @@ def require_transformers() -> None:
     Raises:
         ConversionError: There is none, or one before 5.
     """
-    try:
-        found = metadata.version("transformers")
-    except metadata.PackageNotFoundError:
-        found = None
+    found = package_version("transformers")
     if found is None or int(found.partition(".")[0]) < 5:
         there = "no transformers is installed" if found is None else f"transformers {found} is old"
         raise ConversionError(f"{there}: pip install 'transformers>=5'")
@@ -112,7 +111,7 @@ def _differs(value: Any, wanted: Any) -> bool:
 def _given(args: Any, name: str) -> str:
     """Return what was on the command line, or what would have been."""
     value = getattr(args, name)
-    flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
+    flag = _FLAGS.get(name, to_flag(name))
     if name == "add_bias_linear":
         return f"no {flag}" if value else flag
     return flag if value is True else f"no {flag}" if value is False else f"{flag} {value}"
