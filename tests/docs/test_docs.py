@@ -12,9 +12,7 @@ from megatron_rltd import _PUBLIC, config
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted(
-    [*DOCS.glob("*.md"), *ROOT.glob("examples/*/README.md"), *ROOT.glob("benchmarks/*/README.md")]
-)
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("*/*/README.md")])
 
 
 def build(folder, *flags):

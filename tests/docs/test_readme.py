@@ -4,9 +4,13 @@ import argparse
 import re
 from pathlib import Path
 
-from megatron_rltd import config
+import pytest
+
+from megatron_rltd import __main__, __version__, config
+from megatron_rltd.pretrain import compiled_helper
 from megatron_rltd.refusals import REFUSALS
-from megatron_rltd.training import patches
+from megatron_rltd.training import arguments, patches
+from megatron_rltd.training.state import Training
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -24,7 +28,7 @@ def test_every_flag_is_in_the_readme_and_no_other():
     known = {config.flag(name) for name in config.FIELDS} | {"--random-ltd"}
     assert set(re.findall(r"--random-ltd[\w-]*", README)) == known
     rows = set(re.findall(r"^\| `(--[\w-]+)` \|", README, re.MULTILINE))
-    parser = config.add_arguments(argparse.ArgumentParser(add_help=False))
+    parser = arguments.add_arguments(argparse.ArgumentParser(add_help=False))
     assert rows == {action.option_strings[0] for action in parser._actions}
 
 
@@ -38,14 +42,33 @@ def test_defaults_in_the_readme():
             assert row.split("|")[2].strip() == "off"
 
 
-def test_the_table_of_patches_is_in_the_readme():
-    rows = re.findall(r"^\| `([\w.]+:[\w.]+)` \| (.+) \|$", README, re.MULTILINE)
-    assert rows == [(patch.target, patch.reason) for patch in patches.PATCHES]
+def test_the_tables_of_patches_are_in_the_documentation():
+    text = (ROOT / "docs" / "patches.md").read_text()
+    rows = re.findall(r"^\| `([\w.]+:[\w.]+)` \| (.+) \|$", text, re.MULTILINE)
+    table = (*patches.patches_of(Training()), *compiled_helper.PATCHES)
+    assert rows == [(patch.target, patch.reason) for patch in table]
 
 
-def test_modules_named_in_the_readme_exist():
-    for name in re.findall(r"`(\w+\.py)`", README):
-        assert (ROOT / "megatron_rltd" / name).exists(), name
+@pytest.mark.parametrize("page", ["README.md", "docs/method.md", "CONTRIBUTING.md"])
+def test_modules_and_rooms_named_exist(page):
+    text = (ROOT / page).read_text()
+    package = ROOT / "megatron_rltd"
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert [*package.rglob(name), *(ROOT / "tools").rglob(name)], name
+    rooms = set(re.findall(r"^\| .*", README.partition("| Room of")[2], re.MULTILINE))
+    named = {name for line in rooms for name in re.findall(r"`(\w+)/`", line)}
+    assert named == {init.parent.name for init in package.glob("*/__init__.py")}
+
+
+def test_commands_in_the_readme_are_those_there_are():
+    named = set(re.findall(r"^\| `python -m megatron_rltd ([\w-]+)` \|", README, re.MULTILINE))
+    assert named == {name for name in __main__.COMMANDS if not name.startswith("-")}
+
+
+def test_the_version_is_the_changelogs_and_the_readmes():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## ([\d.]+)", changelog, re.MULTILINE)[0] == __version__
+    assert f"megatron_rltd {__version__}: replaced symbols" in README
 
 
 def test_what_is_refused_is_in_the_documentation():
@@ -56,5 +79,5 @@ def test_what_is_refused_is_in_the_documentation():
 
 def test_tests_named_in_the_documentation_exist():
     for document in (ROOT / "docs").glob("*.md"):
-        for file, name in re.findall(r"`tests/(\w+\.py)::(\w+)`", document.read_text()):
+        for file, name in re.findall(r"`tests/([\w/]+\.py)::(\w+)`", document.read_text()):
             assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name

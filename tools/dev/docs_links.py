@@ -1,16 +1,18 @@
 """A hook of MkDocs: pages that lie elsewhere and are linked into docs/ find their neighbours.
 
-README.md, examples/gpt3_1.3b/README.md and benchmarks/convergence/README.md are read in the
-repository too, where their links are other ones than in the site.
+README.md, CONTRIBUTING.md, CHANGELOG.md, examples/gpt3_1.3b/README.md and
+benchmarks/convergence/README.md are read in the repository too, where links differ from the site's.
 """
 
 from typing import Any
 
-# {what a link begins with in the repository: in the site}. The first three are README.md's.
+# {what a link begins with in the repository: in the site}.
 LINKS = {
     "](examples/": "](",
     "](benchmarks/": "](",
     "](docs/": "](",
+    "](CONTRIBUTING.md": "](contributing.md",
+    "](CHANGELOG.md": "](changelog.md",
     "](../../docs/": "](../",
 }
 

@@ -49,7 +49,7 @@ case ${LIMIT:-1} in *[!0-9]* | 0) fail "LIMIT=$LIMIT is not a number of question
 # shellcheck disable=SC2034  # for environment.sh
 extras=(lm_eval transformers accelerate)
 # shellcheck source=tools/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 device=${DEVICE:-$("$PYTHON" -W ignore -c "
 import torch
 print('cuda:0' if torch.cuda.is_available() else 'cpu')")}

@@ -376,7 +376,8 @@ def test_data_is_prepared_by_an_array_of_jobs_and_joined(slurm, tmp_path):
     from tokenizers import ByteLevelBPETokenizer
 
     (tmp_path / "raw").mkdir()
-    texts = [(ROOT / f"megatron_rltd/{name}.py").read_text() for name in ("ops", "cpu", "layer")]
+    rooms = ("tokens/ops", "cpu/adapter", "model/layer")
+    texts = [(ROOT / f"megatron_rltd/{name}.py").read_text() for name in rooms]
     for number, text in enumerate(texts):
         line = json.dumps({"text": text})
         (tmp_path / f"raw/{number}.jsonl").write_text(f"{line}\n{line}\n")
