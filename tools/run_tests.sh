@@ -25,6 +25,6 @@ esac
 "$PYTHON" -m pytest "${selected[@]}"
 [ $# -gt 0 ] || cat <<'END'
 Not run: tests marked thorough, and those of commands, tools, scripts, Slurm, benchmarks, docs and of
-code for GPUs on a made-up one. To run everything, in half an hour on two cores:
+code for GPUs on a simulated one. To run everything, in half an hour on two cores:
   bash tools/run_tests.sh --all
 END
