@@ -16,7 +16,7 @@ from megatron_rltd.schedule import LayerTokenCost, Schedule
 
 
 class ConfigError(ValueError):
-    """What the user asked for cannot work, which every rank finds alike.
+    """The user asked for something that cannot work. Every rank finds the same problem.
 
     The message names flags, values and ways out.
     """
@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 
 
 class RankConfigError(ConfigError):
-    """A `ConfigError` that only some of the ranks may find, such as a file that a node lacks."""
+    """A `ConfigError` that only some ranks may find, such as a file that is missing on one node."""
 
 
 @dataclass(frozen=True)
@@ -41,61 +41,64 @@ class RandomLTDConfig:
     paper's."""
 
     ramp_iters: int | None = None
-    """Length of the ramp in iterations: after it nothing is dropped if the increment divides the
-    sequence length, otherwise soon after. The paper takes 0.7 of the iterations of a dense run on
-    the same token budget."""
+    """Length of the ramp in iterations. After the ramp nothing is dropped, or soon after it if the
+    increment does not divide the sequence length. The paper uses 0.7 of the iterations of a dense
+    run on the same token budget."""
 
     ramp_samples: int | None = None
     """Length of the ramp in samples, instead of iterations."""
 
     increment: int = 16
     """Between the minimum and the sequence length, the kept length is a multiple of this number of
-    tokens, so that it takes few distinct values and tensor cores like them. The default is the
+    tokens. It then takes few distinct values, and these suit tensor cores. The default is the
     paper's."""
 
     root_degree: int = 1
-    """The kept length grows with this root of the training progress: 1 linearly, 2 with the square
-    root."""
+    """The kept length grows with this root of the training progress: 1 for linear growth, 2 for the
+    square root."""
 
     constant: bool = False
-    """Keep the minimum number of tokens throughout, without a ramp: the paper's ablation."""
+    """Keep the minimum number of tokens for the whole run, without a ramp. This is the paper's
+    ablation."""
 
     layers: str | None = None
-    """Layers that drop tokens, counted from 1 as Megatron's layer_number, as comma-separated
-    numbers and ranges such as 2-11,14-23. Default: all but the first and the last."""
+    """Layers that drop tokens: comma-separated numbers and ranges such as 2-11,14-23, counted from
+    1 like Megatron's layer_number. Default: all but the first and the last."""
 
     strata: int = 0
-    """Number of equal slices of the sequence in each of which the same number of tokens is kept.
-    0: the fewest that the parallel layout needs, 1: plain uniform sampling as in the paper. A run
-    can be continued on another layout if that layout's fewest divide the number."""
+    """Number of equal slices of the sequence; each slice keeps the same number of tokens. 0: the
+    fewest slices that the parallel layout needs. 1: plain uniform sampling as in the paper. You can
+    continue a run on another layout if the fewest slices of that layout divide this number."""
 
     shared_indices: bool = False
-    """Draw one set of kept tokens for all samples of a micro-batch instead of one for each: the
+    """Draw one set of kept tokens for all samples of a micro-batch, not one for each sample. The
     micro-batch size then decides which tokens are kept."""
 
     seed: int | None = None
     """Seed of the sampling of kept tokens. Default: --seed."""
 
     backend: Literal["auto", "cuda", "torch"] = "auto"
-    """Implementation that chooses and moves the tokens: the compiled kernels where they are built
-    and else plain torch, the kernels or an error, or plain torch."""
+    """Implementation that chooses and moves the tokens. auto: the compiled kernels if they are
+    built, otherwise plain torch. cuda: the kernels, or an error if they are not built. torch: plain
+    torch."""
 
     grow_micro_batch: int = 1
-    """Where few tokens are kept, let one pass take up to this number of the step's micro-batches:
-    the largest power of two that divides the step's and has the layers process no more tokens than
-    in a pass of which nothing is dropped. Changes neither data nor kept tokens nor losses."""
+    """While few tokens are kept, let one pass take several micro-batches of the step, up to this
+    number. The pass takes the largest power of two that divides the step's micro-batches, if the
+    layers then process no more tokens than in a pass that drops nothing. Data, kept tokens and
+    losses do not change."""
 
     grow_min_micro_batches: int | None = None
-    """Passes that a step keeps at least if micro-batches are joined. Default: the number of
+    """Smallest number of passes in a step if micro-batches are joined. Default: the number of
     pipeline stages."""
 
     preflight: bool = False
-    """Before the second iteration, run one forward and backward at full length without an update,
-    so that the run's peak memory shows at once and not when the ramp ends."""
+    """Before the second iteration, run forward and backward passes at the largest kept lengths,
+    without an update. You then see the run's peak memory at once, not when the ramp ends."""
 
 
 FIELDS = tuple(f.name for f in dataclasses.fields(RandomLTDConfig))
-# How a run computes, not what: free to change when it is continued.
+# These say how a run computes, not what: you may change them when you continue a run.
 FREE = ("backend", "grow_micro_batch", "grow_min_micro_batches", "preflight")
 FLAG_PREFIX = "random_ltd_"
 
@@ -111,7 +114,7 @@ def flag(field: str) -> str:
 
 
 def options_in_force(config: RandomLTDConfig, num_layers: int) -> dict[str, Any]:
-    """Return the options that decide what a run computes, alike for configs that mean the same.
+    """Return the options that decide what a run computes; equal for configs that mean the same.
 
     Raises:
         ValueError: See `parse_layers`.
@@ -125,7 +128,7 @@ def options_in_force(config: RandomLTDConfig, num_layers: int) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What `resolve` needs to know of a model and its layout.
+    """What `resolve` needs to know about a model and its layout.
 
     Attributes:
         seq_length: s, the tokens of a sample.
@@ -136,8 +139,8 @@ class ModelFacts:
         pipeline_parallel_size: Pipeline stages.
         passes_of_chunk: Passes that interleaved pipeline stages run in a row through one model
             chunk, or None.
-        row_multiple: What the rows of a dropped layer on one rank must be a multiple of (FP8).
-        seed: The seed where the config has none.
+        row_multiple: The rows of a dropped layer on one rank must be a multiple of this (FP8).
+        seed: The seed if the config has none.
     """
 
     seq_length: int
@@ -154,11 +157,11 @@ class ModelFacts:
     def of(
         cls, config: Any, *, seq_length: int, seed: int, micro_batch_size: int = 1
     ) -> "ModelFacts":
-        """Return what Megatron says of a model and its layout.
+        """Return what Megatron says about a model and its layout.
 
         Args:
-            config: A ``TransformerConfig`` or Megatron's validated arguments, which say it under
-                the same names.
+            config: A ``TransformerConfig`` or Megatron's validated arguments, which use the same
+                names.
             micro_batch_size: 1 if it is not known.
         """
         is_block_scaled = getattr(config, "fp8_recipe", None) == "mxfp8"
@@ -180,7 +183,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A config that fits its model: what a run needs, nothing left to default.
+    """A config that fits its model: everything that a run needs, with no default left open.
 
     Attributes:
         schedule: The kept length; its position counts samples if `ramp_in_samples`.
@@ -206,10 +209,10 @@ class ResolvedConfig:
         )
 
     def describe(self, num_micro_batches: int) -> list[str]:
-        """Return what the run will do, a line each, for its log.
+        """Return lines for the log that say what the run will do.
 
         Args:
-            num_micro_batches: Of a step.
+            num_micro_batches: Micro-batches of a step.
         """
         config, schedule, s = self.config, self.schedule, self.schedule.seq_length
         length = f"{schedule.min_tokens:,} of {s:,} tokens"
@@ -247,7 +250,7 @@ class ResolvedConfig:
             passes, rest = divmod(num_micro_batches, count)
             if rest or passes < least or count * tokens.per_sample(kept) > tokens.dense:
                 return False
-            # What Megatron's interleaved schedule asks for.
+            # Megatron's interleaved schedule requires this.
             row = self.model.passes_of_chunk
             return row is None or (row <= passes and not 0 < passes % row < stages)
 
@@ -257,7 +260,7 @@ class ResolvedConfig:
         return count
 
     def joined_micro_batches(self, num_micro_batches: int) -> list[tuple[int, int]]:
-        """Return (kept tokens from which on, micro-batches of a pass), in order of the ramp."""
+        """Return (first kept length, micro-batches of a pass from there), in order of the ramp."""
         found: list[tuple[int, int]] = []
         for _, kept in self.schedule.levels():
             count = self.micro_batches_per_pass(kept, num_micro_batches)
@@ -268,8 +271,8 @@ class ResolvedConfig:
     def joined_in_words(self, num_micro_batches: int) -> str:
         """Return the same as a sentence."""
         levels = self.joined_micro_batches(num_micro_batches)
-        listed = ", ".join(f"{count} from {kept:,} kept tokens on" for kept, count in levels)
-        return f"micro-batches in one pass, of {num_micro_batches} in a step: {listed}"
+        listed = ", ".join(f"{count} from {kept:,} kept tokens" for kept, count in levels)
+        return f"micro-batches in one pass ({num_micro_batches} in a step): {listed}"
 
 
 def _interleaved_passes(config: Any) -> int | None:
@@ -322,7 +325,7 @@ def resolve(config: RandomLTDConfig, model: ModelFacts) -> ResolvedConfig:
     """Check a config against a model and fill in what it leaves open.
 
     Raises:
-        ConfigError: Naming every problem.
+        ConfigError: It names every problem.
     """
     problems: list[str] = []
 

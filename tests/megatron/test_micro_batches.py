@@ -331,7 +331,7 @@ def test_through_megatrons_loop(tmp_path):
     """Growth, saved in the middle of the ramp and continued on stages and slices of it."""
     alone = train(f"{MODEL} {LTD}")
     ours = train(f"{MODEL} {LTD} {GROW} --random-ltd-preflight --save {tmp_path} --save-interval 3")
-    assert "8 from 8 kept tokens on, 4 from 16 kept tokens on" in ours.output
+    assert "8 from 8 kept tokens, 4 from 16 kept tokens" in ours.output
     assert "random-ltd micro-batches per pass: 8.000000E+00" in ours.output
     assert "preflight with 8, 16, 32, 56 and 64 kept tokens passed" in ours.output
     close = functools.partial(pytest.approx, rel=1e-6)
