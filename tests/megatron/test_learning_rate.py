@@ -357,7 +357,7 @@ def test_warmup_fraction_and_wsd():
         for d, f in zip(done, fall, strict=True)
     ]
     assert ours.learning_rates == pytest.approx(by_hand, rel=1e-12)
-    with pytest.raises(AssertionError, match="--lr-wsd-decay-iters 5 is 40 samples, too long"):
+    with pytest.raises(AssertionError, match="--lr-wsd-decay-iters 5 is 40 samples, but"):
         train(f"{wsd} {LTD} --layer-token-lr --lr-wsd-decay-iters 5")
 
 
