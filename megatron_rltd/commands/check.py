@@ -1,4 +1,4 @@
-"""``python -m megatron_rltd check``: what is installed here, and what would be replaced."""
+"""``python -m megatron_rltd check``: what is installed here, and what random-LTD would replace."""
 
 import platform
 import sys
@@ -13,9 +13,9 @@ PACKAGES = ("megatron-core", "transformer-engine", "tensorboard", "matplotlib", 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report; return 0 if random-LTD can run here and 1 if not."""
-    warnings.filterwarnings("ignore")  # Megatron's, of what it does not find on a CPU
+    warnings.filterwarnings("ignore")  # Megatron warns about packages that it does not find
     if sys.version_info < (3, 12):  # noqa: UP036  not installed, only found beside a script
-        print(f"{sys.executable} is Python {platform.python_version()}; 3.12 or newer is needed")
+        print(f"{sys.executable} is Python {platform.python_version()}; use Python 3.12 or newer")
         return 1
     try:
         versions.check_installed()

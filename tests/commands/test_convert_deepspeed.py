@@ -178,7 +178,7 @@ CURRICULUM = {
         (below_minimum(8, 16), "", ["keep 8 tokens here; DeepSpeed kept 0, and keeps 16 since"]),
         (VIT, "", ["seq_per_step 8 does not divide 197", "at iteration 3,982, not 3,910"]),
         (VIT, "", ["a model outside Megatron", "logs count micro-batches"]),
-        (OUTER, "", ["data_efficiency.enabled is not true; DeepSpeed drops tokens all the same"]),
+        (OUTER, "", ["data_efficiency.enabled is not true; DeepSpeed drops tokens anyway"]),
         (CURRICULUM, "", ["data_efficiency.data_sampling is not converted"]),
         (
             {**GPT3, "curriculum_learning": {"enabled": True}},
@@ -193,14 +193,14 @@ CURRICULUM = {
         (
             changed(GPT3, "seed", 1),
             "",
-            ["unknown in data_efficiency.data_routing.random_ltd", "seed"],
+            ["unknown keys in data_efficiency.data_routing.random_ltd", "seed"],
         ),
         (
             changed(GPT3, "random_ltd_schedule.schedule_config.root_degree", 2),
             "",
-            ["unknown in", "random_ltd_schedule.schedule_config, ", ": root_degree"],
+            ["unknown keys in", "random_ltd_schedule.schedule_config, ", ": root_degree"],
         ),
-        (GPT3, FULL.replace("24", "36"), ["total_layer_num is 24, --num-layers 36, which counts"]),
+        (GPT3, FULL.replace("24", "36"), ["total_layer_num is 24, but --num-layers 36 is used"]),
         (GPT3, FULL.replace("512", "256"), ["train_batch_size is 512, --global-batch-size 256"]),
         (GPT3, "--seq-length 2048", ["the launch line has no --random-ltd"]),
         (
