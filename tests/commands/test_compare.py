@@ -382,7 +382,7 @@ def test_noisy_times_are_noted(dense, tmp_path):
     )
     assert compare.summarise(runs, "dense")[1]["wall_clock_saved"] is not None
     times.update({i: 1.0 + 0.6 * (i % 4 == 0) for i in times})
-    assert any("the time says nothing" in note for note in compare.notes(runs, "dense"))
+    assert any("so the time means nothing" in note for note in compare.notes(runs, "dense"))
     row = compare.summarise(runs, "dense")[1]
     assert row["wall_clock_saved"] is row["saving_realised"] is None
     assert row["compute_saved"] is not None

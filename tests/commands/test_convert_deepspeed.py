@@ -201,15 +201,15 @@ CURRICULUM = {
             ["unknown keys in", "random_ltd_schedule.schedule_config, ", ": root_degree"],
         ),
         (GPT3, FULL.replace("24", "36"), ["total_layer_num is 24, but --num-layers 36 is used"]),
-        (GPT3, FULL.replace("512", "256"), ["train_batch_size is 512, --global-batch-size 256"]),
+        (GPT3, FULL.replace("512", "256"), ["train_batch_size is 512, but --global-batch-size 256"]),
         (GPT3, "--seq-length 2048", ["the launch line has no --random-ltd"]),
         (
             GPT3,
             FULL + "--train-tokens 300000000000 --train-iters 300000",
             [
                 "after 300,000 iterations",
-                "put --train-samples 153600000",
-                "with --lr-decay-samples",
+                "use --train-samples 153600000",
+                "use --lr-decay-samples",
             ],
         ),
     ],

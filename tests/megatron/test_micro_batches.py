@@ -340,9 +340,9 @@ def test_through_megatrons_loop(tmp_path):
     assert ours.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
     assert ours.layer_tokens == alone.layer_tokens
     ranks = train(f"{MODEL} {LTD} {GROW} --use-distributed-optimizer --overlap-grad-reduce", 2)
-    assert "of 8 in a step: 8 from 8" in ranks.output
+    assert "(8 in a step): 8 from 8" in ranks.output
     assert ranks.losses == close(alone.losses)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     rest = train(f"{MODEL} {LTD} --random-ltd-grow-micro-batch 4 --load {tmp_path} {LAYOUT}", 4)
     assert rest.losses == close(alone.losses[3:])
-    assert "of 16 in a step: 4 from 8" in rest.output
+    assert "(16 in a step): 4 from 8" in rest.output

@@ -261,7 +261,7 @@ def test_a_damaged_shard_is_not_joined(raw, prepared, tmp_path):
     shard.write_bytes(data)
     done = prepare(raw, output)
     assert done.returncode == 2
-    assert f"error: {shard} is not what" in done.stderr
+    assert f"error: {shard} does not match" in done.stderr
     assert "remove both and tokenize this part again" in done.stderr
     assert files_of(output) == files_of(prepared[0])  # what was there stays
 
@@ -363,8 +363,8 @@ def test_merge_refuses_what_does_not_fit(raw, prepared, tmp_path):
         ([one, one], "is named twice"),
         ([one, "no.idx"], "--input no.idx: there is no no.idx"),
         ([one, shards / "settings"], "does not end in .idx"),
-        ([one, index], "bytes where its index says"),
-        ([cut, one], f"{tmp_path}/cut.idx is no index of tokens"),
+        ([one, index], "bytes, but its index says"),
+        ([cut, one], f"{tmp_path}/cut.idx is not an index of tokens"),
     ):
         done = run_tool(
             "merge_datasets.py", "--input", *inputs, "--output-prefix", tmp_path / "out"

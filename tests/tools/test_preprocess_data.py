@@ -527,7 +527,7 @@ def errors():
             "keys_of_text",
             files,
             ["--input", "IN/a.jsonl", "IN/a.txt", *byte, "--json-keys", "a", "b"],
-            "--json-keys: IN/a.txt is no JSONL file, so there can be only one key",
+            "--json-keys: IN/a.txt is not a JSONL file; give only one key",
         ),
         ("key_twice", files, [*keys, "a", "a"], "--json-keys a a: name each key once"),
         ("key_path", files, [*keys, "a/b"], "--json-keys a/b: "),
@@ -600,12 +600,12 @@ def test_error_is_one_sentence(files, flags, part, tmp_path):
         (
             {"a.jsonl": GOOD_LINE},
             ["HuggingFaceTokenizer", "--tokenizer-model", "LLAMA", "--append-eod"],
-            "names no end-of-document token; name one by --eod-token",
+            "names no end-of-document token; name one with --eod-token",
         ),
         (
             {"a.jsonl": GOOD_LINE},
             ["HuggingFaceTokenizer", "--tokenizer-model", "LLAMA", "--eod-token", "<nope>"],
-            "--eod-token <nope> is no token of",
+            "--eod-token <nope> is not a token of",
         ),
         (
             {"a.jsonl": GOOD_LINE, "out": b""},

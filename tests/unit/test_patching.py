@@ -139,7 +139,7 @@ def test_patches_stack_and_revert_newest_first(target):
     old = apply([Patch("patch_target:count", doubled, "", copies=HERE)])
     new = apply([Patch("patch_target:count", lambda f: lambda *a: f(*a) + 1, "")])
     assert target.count(1) == 7
-    with pytest.raises(PatchError, match="revert the newer one first"):
+    with pytest.raises(PatchError, match="revert that patch first"):
         old.revert()
     new.revert()
     assert target.count(1) == 6
