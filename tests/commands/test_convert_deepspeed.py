@@ -201,7 +201,11 @@ CURRICULUM = {
             ["unknown keys in", "random_ltd_schedule.schedule_config, ", ": root_degree"],
         ),
         (GPT3, FULL.replace("24", "36"), ["total_layer_num is 24, but --num-layers 36 is used"]),
-        (GPT3, FULL.replace("512", "256"), ["train_batch_size is 512, but --global-batch-size 256"]),
+        (
+            GPT3,
+            FULL.replace("512", "256"),
+            ["train_batch_size is 512, but --global-batch-size 256"],
+        ),
         (GPT3, "--seq-length 2048", ["the launch line has no --random-ltd"]),
         (
             GPT3,

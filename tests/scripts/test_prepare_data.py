@@ -242,7 +242,7 @@ def test_spaces_bad_files_and_what_was_removed(raw, tokenizer, tmp_path):
     (source / "vocab.json").write_text("{}")
     done = prepare(source, output)
     assert done.returncode == 1
-    assert "was made of other files than VOCAB_FILE and MERGE_FILE" in done.stderr
+    assert "was not made from VOCAB_FILE and MERGE_FILE" in done.stderr
     (source / "in/a b.jsonl").unlink()
     shutil.copy2(raw / "vocab.json", source / "vocab.json")
     done = prepare(source, output)
@@ -269,12 +269,12 @@ def test_a_damaged_shard_is_not_joined(raw, prepared, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "part"),
     [
-        ({"INPUT": "nowhere"}, "INPUT=nowhere is no folder"),
+        ({"INPUT": "nowhere"}, "INPUT=nowhere is not a folder"),
         ({"INPUT": str(ROOT / "docs")}, "has no file ending in .jsonl, .jsonl.gz or .jsonl.zst"),
         ({"OUTPUT": ""}, "OUTPUT is not set"),
         ({"MERGE_FILE": ""}, "set VOCAB_FILE and MERGE_FILE"),
         ({"VOCAB_FILE": "no.json"}, "--vocab-file no.json: there is no such file"),
-        ({"TOKENIZER": "nowhere"}, "TOKENIZER=nowhere is no folder"),
+        ({"TOKENIZER": "nowhere"}, "TOKENIZER=nowhere is not a folder"),
     ],
 )
 def test_wrong_settings_are_one_sentence(variables, part, raw, tmp_path):
