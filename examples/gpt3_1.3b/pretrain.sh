@@ -210,7 +210,7 @@ SAVE_ARGS=(
   --exit-signal-handler --exit-signal SIGUSR2 # see launch.sh
 )
 if [[ " $EXTRA_ARGS " =~ \ (--load|--save|--finetune|--pretrained-checkpoint)[\ =] ]]; then
-  problem "EXTRA_ARGS has ${BASH_REMATCH[1]}, and a requeued job would then not continue: set RUN_DIR, or START_FROM for the first weights"
+  problem "EXTRA_ARGS has ${BASH_REMATCH[1]}, and a requeued job would then not go on: set RUN_DIR, or START_FROM for the first weights"
 fi
 if [ -n "${START_FROM:-}" ]; then
   files+=("$START_FROM/latest_checkpointed_iteration.txt")

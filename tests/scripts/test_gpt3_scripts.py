@@ -291,7 +291,7 @@ FEW = {"PROCESSES": "8", **DATA}
         (
             "ltd_300b",
             {"SCALE": "smoke", "EXTRA_ARGS": "--lr 1 --load=x"},
-            "EXTRA_ARGS has --load, with which a requeued job would not go on",
+            "EXTRA_ARGS has --load, and a requeued job would then not go on",
         ),
         (
             "ltd_300b",

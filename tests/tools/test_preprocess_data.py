@@ -476,7 +476,7 @@ def errors():
     ):
         line, reason = BAD_LINES[name]
         flags = ["--input", "IN/x.jsonl", "--tokenizer-type", *kind]
-        part = f"IN/x.jsonl, line 2 {reason}; correct it, or leave"
+        part = f"IN/x.jsonl, line 2 {reason}; correct it, or skip"
         yield f"{name}-{kind[0]}", {"x.jsonl": GOOD_LINE + line + b"\n" + GOOD_LINE}, flags, part
     truncated = gzip.compress(GOOD_LINE * 1000)[:-20]
     hf = ["--input", "IN/a.txt", "--tokenizer-type", "HuggingFaceTokenizer"]
@@ -823,5 +823,5 @@ def test_tokenizer_that_works_outside_its_json_is_refused(bpe, tmp_path, monkeyp
 
     ids = HuggingFaceTokenizer.text_to_ids
     monkeypatch.setattr(HuggingFaceTokenizer, "text_to_ids", lambda s, text: ids(s, text.lower()))
-    with pytest.raises(corpus.InputError, match="part of its work outside of its tokenizer.json"):
+    with pytest.raises(corpus.InputError, match="needs code outside of its tokenizer.json"):
         tokenization.load_hugging_face(f"{bpe[0]}_tokenizer", None, str(tmp_path))
