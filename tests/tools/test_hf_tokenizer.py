@@ -89,5 +89,5 @@ def test_how_many_tokens():
     assert hf_tokenizer.vocabulary(of_run(vocab_size=260), tokenizer, None, 384) == 260
     with pytest.raises(ConversionError, match="258 tokens, but the model was trained with 200"):
         hf_tokenizer.vocabulary(of_run(vocab_size=200), tokenizer, None, 384)
-    with pytest.raises(ConversionError, match="258 tokens and the model 256 rows"):
+    with pytest.raises(ConversionError, match="258 tokens, but the model only 256 rows"):
         hf_tokenizer.vocabulary(run, tokenizer, None, 256)
