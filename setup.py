@@ -1,9 +1,9 @@
-"""Build megatron_rltd; everything about it but compiled code stands in pyproject.toml.
+"""Build the compiled code of megatron_rltd; everything else is in pyproject.toml.
 
-Nothing is compiled unless MEGATRON_RLTD_CUDA is set: 1 builds the kernels for GPUs and the CPU with
-nvcc, for the architectures in TORCH_CUDA_ARCH_LIST; 0 those for the CPU only. They are built
+Nothing is compiled unless MEGATRON_RLTD_CUDA is set. 1 builds the kernels for GPUs and the CPU with
+nvcc, for the architectures in TORCH_CUDA_ARCH_LIST. 0 builds only those for the CPU. They are built
 against the torch of the environment (``pip install --no-build-isolation``), 2.10 or newer, and run
-with any such.
+with any such version.
 """
 
 import os
@@ -33,13 +33,13 @@ def refuse(reason: str, way_out: str) -> SystemExit:
 
 
 def cuda_homes() -> list[tuple[Path, str]]:
-    """Return folders in which CUDA may be, as torch guesses and nvcc itself says, and whence."""
+    """Return folders that may hold CUDA, from torch's guesses and from nvcc, with their source."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             return [(Path(os.environ[name]), name)]
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        return [(Path(USUAL_HOME), "the usual place, for no nvcc is on PATH")]
+        return [(Path(USUAL_HOME), "the usual place, because no nvcc is on PATH")]
     homes = [(Path(nvcc).parent.parent, f"{nvcc} on PATH")]
     # It may be a link or a script that leads elsewhere.
     asked = (str(Path(nvcc).resolve()), "--dryrun", "-c", "none.cu")
@@ -65,8 +65,8 @@ def cuda_toolkit() -> tuple[Path, Path]:
         missing = f"{RUNTIME} in {', '.join(FOLDERS)}" if nvcc else "bin/nvcc"
         faults.append(f"{home} (from {whence}) has no {missing}")
     raise refuse(
-        f"no whole CUDA toolkit, {' and '.join(faults)}",
-        "set CUDA_HOME to the folder of one",
+        f"no whole CUDA toolkit: {' and '.join(faults)}",
+        "set CUDA_HOME to the folder of a whole toolkit",
     )
 
 
@@ -88,7 +88,7 @@ def architectures(nvcc: Path) -> str:
     there = "it knows " + " ".join(f"{number[:-1]}.{number[-1]}" for number in known)
     if asked and lacking:
         reason = f"{nvcc} lacks {' '.join(lacking)}, which TORCH_CUDA_ARCH_LIST={asked} asks for"
-        raise refuse(f"{reason} ({there})", "take them out or set CUDA_HOME to a newer toolkit")
+        raise refuse(f"{reason} ({there})", "remove them or set CUDA_HOME to a newer toolkit")
     if not asked and len(lacking) == len(wanted):
         reason = f"{nvcc} knows none of {' '.join(wanted)} ({there})"
         raise refuse(reason, "set TORCH_CUDA_ARCH_LIST or CUDA_HOME")
@@ -105,12 +105,12 @@ def kernels(with_cuda: bool) -> dict:
         import torch
     except ModuleNotFoundError as error:
         raise SystemExit(
-            "MEGATRON_RLTD_CUDA builds against the torch that is installed: install torch, then "
+            "MEGATRON_RLTD_CUDA builds against the installed torch: install torch, then run "
             "pip install --no-build-isolation --no-deps ."
         ) from error
     if with_cuda:
         if torch.version.cuda is None:
-            raise refuse(f"torch {torch.__version__} is without CUDA", "install one with CUDA")
+            raise refuse(f"torch {torch.__version__} has no CUDA", "install a torch with CUDA")
         home, runtime = cuda_toolkit()
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(home / "bin" / "nvcc")
         os.environ["CUDA_HOME"] = str(home)  # before torch guesses, at import
@@ -124,7 +124,7 @@ def kernels(with_cuda: bool) -> dict:
         extension = CUDAExtension(
             sources=SOURCES + CUDA_SOURCES,
             extra_compile_args={"cxx": flags, "nvcc": [*flags[:2], "-Xptxas=-v"]},
-            # Not the shared CUDA runtime, whose version would have to be the installed torch's.
+            # Not the shared CUDA runtime: its version would have to match the installed torch.
             extra_link_args=[str(runtime), "-ldl", "-lrt", "-lpthread"],
             **options,
         )

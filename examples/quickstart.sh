@@ -7,9 +7,9 @@
 #   bash examples/quickstart.sh --steps 1000       as long as you like
 #   bash examples/quickstart.sh --folder FOLDER    where everything goes (runs/quickstart)
 #
-# The text is the Python standard library's own source, tokenised with a BPE trained on it; nothing
-# is downloaded but, once, the environment. Ctrl-C stops after the step in progress and saves; the
-# same command continues. The result is a table and FOLDER/quickstart.png.
+# The text is the source of Python's standard library, tokenised with a BPE trained on it. Only the
+# environment is downloaded, once. Ctrl-C stops after the current step and saves; the same command
+# continues. The result is a table and FOLDER/quickstart.png.
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p;}' "${BASH_SOURCE[0]}"; exit "$1"; }

@@ -3,14 +3,14 @@
     python -m megatron_rltd SCRIPT ARGS...               one process
     torchrun ... -m megatron_rltd SCRIPT ARGS...         many
     python -m megatron_rltd --help                       the flags that it adds to ARGS
-    python -m megatron_rltd check                        what is installed, what would be replaced
+    python -m megatron_rltd check                        what is installed, and what is replaced
     python -m megatron_rltd plan ...                     what a run will cost and save
-    python -m megatron_rltd compare ...                  what finished runs say of each other
+    python -m megatron_rltd compare ...                  how finished runs compare
     python -m megatron_rltd convert-deepspeed ...        a DeepSpeed configuration as flags
 
 SCRIPT is a path, or pretrain_gpt for the script that comes with this package. Add --cpu to ARGS (or
-set MEGATRON_RLTD_CPU=1) to run on the CPU of a machine without a GPU. Each command says more after
-its own --help.
+set MEGATRON_RLTD_CPU=1) to run on the CPU of a machine without a GPU. Each command has its own
+--help.
 """
 
 import importlib

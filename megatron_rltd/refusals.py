@@ -1,7 +1,7 @@
 """The Megatron features that random-LTD refuses to run with, and the check of a whole command line.
 
-Each one would train on wrong numbers or drop nothing while the logs claim it does, so it is an
-error at start-up that names the flag and the way out.
+With each of them, Megatron would train on wrong numbers, or drop nothing while the logs claim that
+it does. So each is an error at start-up that names the flag and the way out.
 """
 
 from collections.abc import Callable
@@ -52,11 +52,11 @@ def _has_auxiliary_loss(args: Any) -> bool:
     return any(coefficients if isinstance(coefficients, list) else [coefficients])
 
 
-_BYPASS = "runs layers without their forward, so that no token would be dropped"
+_BYPASS = "runs layers without their forward, so no token would be dropped"
 _GROW = "--random-ltd-grow-micro-batch"
 _OVER_A_PASS = "over all the micro-batches of a pass, not over each"
 _OMIT = f"omit {_GROW}"
-_STATIC = "sizes buffers once, while the kept length changes"
+_STATIC = "sizes its buffers once, but the kept length changes"
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("--yaml-cfg", _truthy("yaml_cfg"), "replaces the parsed flags", "use flags"),
     Refusal(  # until Megatron 0.17
@@ -81,7 +81,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "--multi-latent-attention",
         _truthy("multi_latent_attention"),
         "numbers the positions of its input 0, 1, 2, ... inside the layer",
-        "use ordinary or --group-query-attention, or train without --random-ltd",
+        "use ordinary attention or --group-query-attention, or train without --random-ltd",
     ),
     Refusal(
         "--experimental-attention-variant",
@@ -131,7 +131,7 @@ REFUSALS: tuple[Refusal, ...] = (
             getattr(args, "cpu_offloading", None)
             or getattr(args, "cpu_offloading_num_layers", None)
         ),
-        "works on the hidden states between layers, which dropped layers do not pass on",
+        "works on the hidden states between layers, but dropped layers do not pass them on",
         "use --recompute-granularity full",
     ),
     Refusal("--use-megatron-fsdp", _truthy("use_megatron_fsdp"), "is not tested with random-LTD"),
@@ -144,7 +144,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--sft and --dataloader-inter-document-masking with --context-parallel-size",
         lambda args: packs_sequences(args) and getattr(args, "context_parallel_size", 1) > 1,
-        "splits every document between the ranks, of which each keeps another number of tokens",
+        "splits every document between ranks, and each rank keeps a different number of tokens",
         "use --context-parallel-size 1",
     ),
     Refusal(
@@ -167,7 +167,7 @@ REFUSALS: tuple[Refusal, ...] = (
                 or getattr(args, "reuse_grad_buf_for_mxfp8_param_ag", None)
             )
         ),
-        "would leave its maxima in FP8's delayed scaling or empty a parameter buffer shared with "
+        "would leave its maxima in FP8's delayed scaling, or clear a parameter buffer shared with "
         "gradients",
         "train without the preflight, or try it once with --exit-interval 2 and no --save",
     ),
@@ -194,7 +194,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         f"{_GROW} with --moe-expert-capacity-factor",
         lambda args: _grows(args) and getattr(args, "moe_expert_capacity_factor", None) is not None,
-        f"would drop what is too much for an expert {_OVER_A_PASS}",
+        f"would apply the capacity of an expert {_OVER_A_PASS}",
         _OMIT,
     ),
     Refusal(
@@ -206,7 +206,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         f"{_GROW} with --log-straggler",
         lambda args: _grows(args) and getattr(args, "log_straggler", None),
-        "would time the model where the script calls it, which is before it runs",
+        "would time the model when the script calls it, before the model runs",
         _OMIT,
     ),
     Refusal(
@@ -225,22 +225,24 @@ def find_refused(args: Any) -> list[str]:
     """Return a sentence for every Megatron feature in use that random-LTD refuses.
 
     Args:
-        args: Megatron's arguments, or what has the same attributes.
+        args: Megatron's arguments, or an object with the same attributes.
     """
     return [refusal.message for refusal in REFUSALS if refusal.used(args)]
 
 
 def find_refused_in_model(transformer_config: Any, config: RandomLTDConfig) -> list[str]:
-    """Return the same of a model that is built already."""
+    """Return the same for a model that is already built."""
     ours = {FLAG_PREFIX + name: getattr(config, name) for name in FIELDS}
     return find_refused(SimpleNamespace(**vars(transformer_config), **ours))
 
 
 def refuse_command_line(argv: list[str]) -> None:
-    """Refuse what keeps Megatron from validating its arguments, after which all else is checked.
+    """Refuse flags that keep Megatron from validating its arguments.
+
+    Everything else is checked after that validation.
 
     Raises:
-        ConfigError: Naming the flag.
+        ConfigError: It names the flag.
     """
     if any(argument.partition("=")[0] == "--yaml-cfg" for argument in argv):
         refusal = next(refusal for refusal in REFUSALS if refusal.flag == "--yaml-cfg")

@@ -1,4 +1,4 @@
-"""How many tokens a dropped layer keeps, and what that adds up to. Exact integers, pure Python.
+"""How many tokens a dropped layer keeps, and their sum over a run. Exact integers, pure Python.
 
 Monotonic sequence length growth (MSLG, arXiv 2211.11586): the kept length grows during the ramp
 until nothing is dropped.
@@ -126,7 +126,7 @@ class Step:
 
     Attributes:
         iteration: From 0.
-        consumed_samples: Of all data-parallel ranks, before the step.
+        consumed_samples: Samples of all data-parallel ranks before the step.
         kept_tokens: k of its dropped layers.
         layer_tokens_per_sample: LayerTokens that one of its samples costs.
     """
@@ -154,11 +154,11 @@ class LayerTokenCost:
 
     @property
     def dense(self) -> int:
-        """The LayerTokens of one sample of which nothing is dropped."""
+        """The LayerTokens of one sample if nothing is dropped."""
         return self.per_sample(self.schedule.seq_length)
 
     def per_sample(self, kept: int) -> int:
-        """Return the LayerTokens of one sample of which the dropped layers keep `kept` tokens."""
+        """Return the LayerTokens of one sample if the dropped layers keep `kept` of its tokens."""
         full_layers = self.num_layers - self.num_dropped
         return self.schedule.seq_length * full_layers + kept * self.num_dropped
 
@@ -167,13 +167,13 @@ class LayerTokenCost:
         return progress.samples if self.ramp_in_samples else progress.iteration
 
     def step(self, iteration: int, consumed_samples: int) -> Step:
-        """Return the step of that iteration, before which so many samples were consumed."""
+        """Return the step of an iteration; `consumed_samples` were consumed before it."""
         position = self.position(Progress(iteration, consumed_samples))
         kept = self.schedule.kept_tokens(position)
         return Step(iteration, consumed_samples, kept, self.per_sample(kept))
 
     def after(self, steps: int, batch_size: int, start: Progress = Progress()) -> Progress:
-        """Return where `steps` more steps of `batch_size` samples lead."""
+        """Return where the run stands after `steps` more steps of `batch_size` samples."""
         stride = batch_size if self.ramp_in_samples else 1
         kept = self.schedule.kept_token_sum(steps, stride, self.position(start))
         tokens = batch_size * (steps * self.per_sample(0) + kept * self.num_dropped)
@@ -189,18 +189,18 @@ class LayerTokenCost:
         batch_size: BatchSize,
         start: Progress = Progress(),
     ) -> Progress:
-        """Return where the fewest steps lead after which `reached` holds.
+        """Return where the run stands after the fewest steps that make `reached` true.
 
         Args:
-            reached: Stays true once it is; true some time.
-            batch_size: Of each step.
+            reached: Becomes true at some point and stays true.
+            batch_size: Samples of each step.
         """
         progress = start
         while not reached(progress):
             size = batch_size(progress.samples)
 
             def is_last(steps: int, size: int = size, progress: Progress = progress) -> bool:
-                # Of the steps of this batch size.
+                # The last of the steps with this batch size.
                 end = self.after(steps, size, progress)
                 return reached(end) or batch_size(end.samples) != size
 

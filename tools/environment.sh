@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Find or make this repository's Python environment. To be sourced by bash scripts; sets PYTHON.
+# Find or make this repository's Python environment. Source it in bash scripts; it sets PYTHON.
 #
 #   PYTHON              a Python to use or to build on, instead of searching for one
 #   MEGATRON_RLTD_VENV  folder of the environment (default: .venv in the repository)
 #   extras              an array of further packages that the sourcing script needs
 #
-# A Python that has everything is used as it is. One that has torch (an NGC container's, say) is
-# extended in an environment of ours that sees its packages and replaces none of them. Otherwise a
+# A Python that has everything is used as it is. If it has only torch (as in an NGC container), a new
+# environment extends it: it sees the packages of that Python and replaces none of them. Otherwise a
 # new environment gets the versions of constraints.txt.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -23,7 +23,7 @@ is_python() {
 find_python() {
   local candidate
   if [ -n "${PYTHON:-}" ]; then
-    is_python "$PYTHON" || give_up "PYTHON=$PYTHON is not a Python 3.12 or newer with venv"
+    is_python "$PYTHON" || give_up "PYTHON=$PYTHON is not Python 3.12 or newer with venv"
     printf '%s\n' "$PYTHON"
     return
   fi
@@ -41,10 +41,10 @@ find_python() {
   apt-get install python3.12 python3.12-venv python3.12-dev   (or your system's package manager)
   pyenv install 3.12                                          (or: uv python install 3.12)
   conda create -n megatron python=3.12 && conda activate megatron
-or name one: PYTHON=/path/to/python3.12"
+or set PYTHON=/path/to/python3.12"
 }
 
-# Print what a Python lacks of ours and of the packages named, one a line, importing none of it.
+# Print the packages that a Python lacks, one per line: ours and those in the arguments. Imports none.
 missing_from() {
   "$1" - "${@:2}" <<'END'
 import sys
@@ -70,7 +70,7 @@ make_environment() {
   local missing
   missing=$(missing_from "$base")
   if ! grep -qx torch <<<"$missing"; then
-    # Whatever is installed stays at its version, above all torch; ours are added.
+    # Installed packages keep their versions, above all torch; ours are added.
     "$base" -m pip list --format=freeze 2>/dev/null >"$venv/installed.txt"
     pins=$venv/installed.txt options=(--system-site-packages) what="1 minute; torch stays as it is"
   fi
@@ -84,7 +84,7 @@ make_environment() {
         --config-settings editable_mode=compat -e "$root"  # found from beside the checkout too
   } >"$venv/setup.log" 2>&1 || {
     tail -n 15 "$venv/setup.log" >&2
-    give_up "setting up failed; the whole log is $venv/setup.log. Run the command again to go on"
+    give_up "setting up failed; the whole log is $venv/setup.log. Run the command again to continue"
   }
   printf '%s\n' "$stamp" >"$venv/ready"
 }

@@ -35,15 +35,15 @@ def byte_level_bpe(vocab_file: str, merge_file: str) -> Any:
     except Exception as problem:  # tokenizers raises bare Exception
         raise InputError(
             f"--vocab-file {vocab_file} and --merge-file {merge_file} are not the two files of one "
-            f"byte-level BPE ({problem}); for GPT-2's, download vocab.json and merges.txt anew"
+            f"byte-level BPE ({problem}); for GPT-2, download vocab.json and merges.txt again"
         ) from None
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     missing = sum(tokenizer.token_to_id(byte) is None for byte in alphabet)
     if missing or tokenizer.token_to_id(BPE_EOD) is None:
         lacks = f"{missing} of the 256 bytes" if missing else BPE_EOD
         raise InputError(
-            f"--vocab-file {vocab_file} lacks {lacks}, so is not GPT-2's; use another tokenizer by "
-            "its folder"
+            f"--vocab-file {vocab_file} lacks {lacks}, so it is not GPT-2's; give another "
+            "tokenizer by its folder"
         )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -2,12 +2,12 @@
 
     python tools/merge_datasets.py --input data/shards/*.idx --output-prefix data/pile_text_document
 
-Every input is a .idx that tools/preprocess_data.py (or Megatron-LM's) wrote, its .bin beside it.
-Where a .sha256 of both lies beside them, as `sha256sum` writes it, it is checked while the tokens
+Every input is a .idx that tools/preprocess_data.py (or Megatron-LM's) wrote, with its .bin next to
+it. If a .sha256 of both lies next to them, as `sha256sum` writes it, it is checked while the tokens
 are copied. Nothing appears under the output's name before it is complete.
 
-Other than Megatron-LM's tool of this name it takes files, not a folder, checks that they are whole
-and of one kind, and reports documents and tokens.
+Unlike Megatron-LM's tool of this name, it takes files, not a folder. It checks that they are whole
+and of one kind, and it reports documents and tokens.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def check_sums(prefix: str) -> None:
     for path in (prefix + ".bin", prefix + ".idx"):
         if sha256(path) != expected.get(os.path.basename(path)):
             raise InputError(
-                f"{path} is not what {sums} says was written; remove both and tokenize this part "
+                f"{path} does not match the checksum in {sums}; remove both and tokenize this part "
                 "again"
             )
 
@@ -102,13 +102,13 @@ def merge(prefixes: list[str], output_prefix: str) -> Merged:
                 part = _IndexReader(prefix + ".idx", multimodal=False)
             except Exception as problem:  # whatever a damaged index leads to
                 raise InputError(
-                    f"{prefix}.idx is no index of tokens ({problem}); tokenize this part again"
+                    f"{prefix}.idx is not an index of tokens ({problem}); tokenize this part again"
                 ) from None
             tokens = int(part.sequence_lengths.sum())
             size = os.path.getsize(prefix + ".bin")
             if size != tokens * part.dtype_size:
                 raise InputError(
-                    f"{prefix}.bin has {size:,} bytes where its index says "
+                    f"{prefix}.bin has {size:,} bytes, but its index says "
                     f"{tokens * part.dtype_size:,}; tokenize this part again"
                 )
             if kind is None:
@@ -148,9 +148,9 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    text = "index files, in the order in which to join them"
+    text = "index files; they are joined in this order"
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE.idx", help=text)
-    text = "writes PREFIX.bin, .idx and .sha256, over older ones if there are any"
+    text = "write PREFIX.bin, .idx and .sha256, and replace older ones"
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=text)
     args = parser.parse_args(argv)
     try:

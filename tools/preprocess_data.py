@@ -15,18 +15,18 @@ A Hugging Face tokenizer that lies on the disk:
     python tools/preprocess_data.py --input wiki.jsonl --tokenizer-type HuggingFaceTokenizer \\
         --tokenizer-model gpt2/ --append-eod --output-prefix data/wiki
 
-Each run ends with the Megatron flags to train with. For bytes (ids 0 to 255, end of document 256)
-they are --tokenizer-type NullTokenizer --vocab-size 257 (256 with Megatron 0.17, which counts
-otherwise), for the others --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER.
+Each run ends by printing the Megatron flags to train with. For bytes (ids 0 to 255, end of document
+256) they are --tokenizer-type NullTokenizer --vocab-size 257 (256 with Megatron 0.17, which counts
+differently). Otherwise they are --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER.
 
-Files ending in .jsonl or .json, and compressed ones (.gz, .zst), hold one JSON object a line, each
-a document with its text under --json-keys. Any other file is one document of UTF-8 text. Folders
-are searched with their subfolders in sorted order, without what is hidden. Documents stay in the
+Files ending in .jsonl or .json, and compressed ones (.gz, .zst), hold one JSON object a line. Each
+is a document with its text under --json-keys. Any other file is one document of UTF-8 text. Folders
+are searched with their subfolders in sorted order; hidden files are ignored. Documents stay in the
 order of --input. Nothing appears under the output's name before it is complete.
 
-Flags and files are those of Megatron-LM's tools/preprocess_data.py; with the same Hugging Face
-tokenizer the files are equal byte for byte. Not here: splitting into sentences and --partitions.
-A bpe reads the whole input twice; beyond some GB, train it on a part and then use its folder.
+Flags and files are those of Megatron-LM's tools/preprocess_data.py. With the same Hugging Face
+tokenizer the files are equal byte for byte. Splitting into sentences and --partitions are missing.
+A bpe reads the whole input twice. For many GB, train it on a part and then use its folder.
 """
 
 import argparse
@@ -64,22 +64,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     several: dict[str, Any] = {"nargs": "+", "default": []}
     add = parser.add_argument_group("input").add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files and folders")
-    text = "fields of JSON documents to take, each into files of its own (default: text)"
+    text = "fields of JSON documents to use, each written to its own files (default: text)"
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help=text)
     text = "endings of the files to take from folders (default: all files)"
     add("--suffixes", **several, type=_suffix, metavar=".EXT", help=text)
-    text = "names of files and subfolders to leave out of folders; * and ? are wildcards"
+    text = "names of files and subfolders to ignore in folders; * and ? are wildcards"
     add("--exclude", **several, metavar="NAME", help=text)
     text = (
-        "leave out, name and count documents that are not UTF-8, not JSON or lack a key, instead "
-        "of stopping at the first"
+        "skip documents that are not UTF-8, not JSON or lack a key, and report them; without it, "
+        "the first one is an error"
     )
     add("--skip-bad-lines", action="store_true", help=text)
 
     add = parser.add_argument_group("tokenizer").add_argument
     text = (
-        "bytes as tokens, a byte-level BPE trained on the input, or, under Megatron's name, a "
-        "tokenizer of Hugging Face"
+        "bytes as tokens, a byte-level BPE trained on the input, or a tokenizer of Hugging Face "
+        "(by Megatron's name)"
     )
     add("--tokenizer-type", required=True, choices=[BYTE, BPE, HUGGING_FACE], help=text)
     text = f"{HUGGING_FACE}: its folder or tokenizer.json; nothing is downloaded"
@@ -87,15 +87,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     text = f"{BPE}: how many tokens to train, at least {BYTE_VOCAB_SIZE}"
     add("--vocab-size", type=_positive, metavar="N", help=text)
     text = (
-        f"{HUGGING_FACE}: the token that ends a document, if the tokenizer does not say; a copy "
-        "that does is then stored in PREFIX_tokenizer"
+        f"{HUGGING_FACE}: the token that ends a document, if the tokenizer names none; a copy "
+        "that names it is stored in PREFIX_tokenizer"
     )
     add("--eod-token", metavar="TOKEN", help=text)
     text = "end each document with the end-of-document token"
     add("--append-eod", action="store_true", help=text)
 
     add = parser.add_argument_group("output").add_argument
-    text = "writes PREFIX_KEY_document.bin and .idx, over older ones if there are any"
+    text = "write PREFIX_KEY_document.bin and .idx, and replace older ones"
     add("--output-prefix", required=True, metavar="PREFIX", help=text)
 
     add = parser.add_argument_group("run").add_argument
@@ -124,7 +124,7 @@ def check_args(args: argparse.Namespace) -> None:
     for name, wanted in used_by.items():
         flag = "--" + name.replace("_", "-")
         if getattr(args, name) is not None and kind != wanted:
-            raise InputError(f"{flag} is for --tokenizer-type {wanted}, not {kind}; leave it out")
+            raise InputError(f"{flag} is for --tokenizer-type {wanted}, not {kind}; omit {flag}")
     if kind == BPE and (args.vocab_size or 0) < BYTE_VOCAB_SIZE:
         raise InputError(
             f"--tokenizer-type {BPE} needs --vocab-size of at least {BYTE_VOCAB_SIZE}: "
@@ -135,17 +135,17 @@ def check_args(args: argparse.Namespace) -> None:
     if kind == HUGGING_FACE and not os.path.exists(args.tokenizer_model):
         raise InputError(
             f"--tokenizer-model {args.tokenizer_model}: there is no such file or folder; download "
-            "a tokenizer first, by AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
+            "a tokenizer first with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
         )
     if len(set(args.json_keys)) < len(args.json_keys):
         raise InputError(f"--json-keys {' '.join(args.json_keys)}: name each key once")
     for key in args.json_keys:
         if "/" in key:
-            raise InputError(f"--json-keys {key}: it becomes part of a file name, so without '/'")
+            raise InputError(f"--json-keys {key}: keys become file names; use one without '/'")
     for name in args.exclude:
         if "/" in name:
             raise InputError(
-                f"--exclude {name}: names are compared, not paths; give the last part alone"
+                f"--exclude {name}: names are compared, not paths; give only the last part"
             )
     for path in output_paths(args).values():
         for file in (path + ".bin", path + ".idx"):
@@ -159,14 +159,14 @@ def output_paths(args: argparse.Namespace) -> dict[str, str]:
 
 
 def stored_tokenizer(args: argparse.Namespace) -> str:
-    """Return where a tokenizer goes that was made here."""
+    """Return the folder for a tokenizer that this script makes."""
     return args.output_prefix + "_tokenizer"
 
 
 def make_tokenizer(
     args: argparse.Namespace, files: list[str], pool: WorkerPool, scratch: str
 ) -> Tokenizer:
-    """Return the tokenizer of the flags, trained if it is to be."""
+    """Return the tokenizer that the flags ask for; train it first if it is a BPE."""
     if args.tokenizer_type == BYTE:
         return tokenization.BYTES
     path, eod_token = args.tokenizer_model, args.eod_token
@@ -182,7 +182,7 @@ def make_tokenizer(
     tokenizer = tokenization.load_hugging_face(path, eod_token, scratch)
     if args.append_eod and tokenizer.eod is None:
         raise InputError(
-            f"--append-eod: {path} names no end-of-document token; name one by --eod-token"
+            f"--append-eod: {path} names no end-of-document token; name one with --eod-token"
         )
     return tokenizer
 
@@ -199,7 +199,7 @@ def run(args: argparse.Namespace) -> None:
     files = find_files(args.input, args.suffixes, args.exclude)
     plain = [file for file in files if not is_jsonl(file)]
     if plain and len(args.json_keys) > 1:
-        raise InputError(f"--json-keys: {plain[0]} is no JSONL file, so there can be only one key")
+        raise InputError(f"--json-keys: {plain[0]} is not a JSONL file; give only one key")
     compressed = any(file.lower().endswith((".gz", ".zst")) for file in files)
     read_bytes = None if compressed else sum(map(os.path.getsize, files))
     folder, name = os.path.split(args.output_prefix)

@@ -3,7 +3,7 @@
 #
 #   bash tools/run_tests.sh                          style, types, unit tests, the core with Megatron
 #   bash tools/run_tests.sh --all                    every test
-#   bash tools/run_tests.sh tests/unit/test_ops.py   or whatever else pytest takes, and nothing else
+#   bash tools/run_tests.sh tests/unit/test_ops.py   only these tests; all arguments go to pytest
 set -euo pipefail
 extras=()
 if [ "${1:-}" = --all ]; then
@@ -24,7 +24,7 @@ esac
 "$PYTHON" -m mypy
 "$PYTHON" -m pytest "${selected[@]}"
 [ $# -gt 0 ] || cat <<'END'
-Not run: tests marked thorough, and those of commands, tools, scripts, Slurm, benchmarks, docs and of
-code for GPUs on a simulated one. To run everything, in half an hour on two cores:
+Not run: tests marked thorough, and tests of commands, tools, scripts, Slurm, benchmarks, docs and of
+GPU code on a simulated GPU. To run everything (half an hour on two cores):
   bash tools/run_tests.sh --all
 END

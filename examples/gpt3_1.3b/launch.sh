@@ -8,16 +8,16 @@
 # kill them after 30 seconds and report a failure. srun starts and watches one process for each GPU
 # by itself, and SLURM knows their ranks.
 #
-# Nor can Megatron wait for SIGTERM itself: it would save, but the process that it saves with has
-# been ended by the same signal. So all ignore it but a shell above each rank, which passes it on as
-# SIGUSR2, to the rank alone. Megatron's --exit-signal-handler makes that "finish the iteration,
-# save, exit with status 0", on all ranks together.
+# Megatron cannot wait for SIGTERM itself either: it would save, but the same signal has ended the
+# process that it saves with. So everything ignores SIGTERM except a shell above each rank. The shell
+# sends SIGUSR2 to the rank alone. With --exit-signal-handler, all ranks of Megatron then finish the
+# iteration together, save and exit with status 0.
 #
 # A job requeues itself only if its processes ended with status 0, the run is not finished and its
-# newest checkpoint is newer than the one it began with. So what fails, or gets nowhere, stays down.
+# newest checkpoint is newer than the one it began with. A job that fails or gets nowhere stays down.
 # shellcheck disable=SC2031,SC2153,SC2154  # pretrain.sh has set them
 
-: "${NAME:?this file is sourced by pretrain.sh: run one of the scripts beside it}"
+: "${NAME:?pretrain.sh sources this file: run one of the scripts next to it}"
 
 in_slurm=
 # Inside of a step, as under srun --pty bash, this is a machine like any other. But a job that was
@@ -72,7 +72,7 @@ if [ -z "${PYTHON:-}" ] && [ -z "$DRY_RUN${CONTAINER:-}${LAUNCHER:-}" ]; then
   PYTHON=$(source "$root/tools/environment.sh" && printf '%s' "$PYTHON") || exit 1
 fi
 
-# Every kept length is a new size of tensors: without this, torch's memory would fall to pieces.
+# Every kept length is a new size of tensors: without this, torch's memory would be fragmented.
 if [ -z "${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set}" ]; then
   export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 fi
@@ -141,7 +141,7 @@ if [ -n "$DRY_RUN" ]; then
   exit
 fi
 
-mkdir -p "$RUN_DIR" || give_up "RUN_DIR=$RUN_DIR cannot be made"
+mkdir -p "$RUN_DIR" || give_up "RUN_DIR=$RUN_DIR cannot be made: set another"
 if command -v flock >/dev/null; then
   exec 9>"$RUN_DIR/lock"
   # Status 1: locked. Others: this file system knows no locks.
@@ -191,7 +191,7 @@ train_here() {
   # shellcheck disable=SC2317  # called by the trap
   stop() {
     if [ -z "$asked_to_end" ]; then
-      say "stopping after this iteration, saving (once more to kill)"
+      say "stopping after this iteration and saving (interrupt again to kill)"
       kill -TERM "${pids[@]}" 2>/dev/null || true
     else
       kill -KILL -- "${pids[@]/#/-}" 2>/dev/null || true
@@ -236,9 +236,9 @@ last=$(last_iteration $((reached == began)))
   end 1 "training failed (status $status), see above; not requeued. The same command continues from iteration $reached"
 [ "$reached" -lt "${last:-$((reached + 1))}" ] || end 0 "finished: iteration $reached of $last"
 [ "$reached" -gt "$began" ] ||
-  end 1 "nothing was trained and saved since iteration $began; not requeued, or it would go on for ever"
-stopped="stopped as asked to, checkpoint of iteration $reached of ${last:-?}"
+  end 1 "nothing was trained and saved since iteration $began; not requeued, or it would never end"
+stopped="stopped as requested, checkpoint of iteration $reached of ${last:-?}"
 [ -n "$in_slurm" ] || end 130 "$stopped; the same command continues"
-trap '' TERM # which the job gets for being requeued
-scontrol requeue "$SLURM_JOB_ID" || end 1 "$stopped; SLURM does not requeue it, the same sbatch continues"
+trap '' TERM # the job gets it when it is requeued
+scontrol requeue "$SLURM_JOB_ID" || end 1 "$stopped; SLURM does not requeue it; the same sbatch continues"
 end 0 "$stopped; requeued"

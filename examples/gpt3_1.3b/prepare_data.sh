@@ -13,10 +13,10 @@
 #   ... sbatch --array=0-29 examples/gpt3_1.3b/prepare_data.sh      each task its share of the files
 #   ... sbatch --dependency=afterok:JOB examples/gpt3_1.3b/prepare_data.sh      then join them
 #
-# Every file becomes a shard of its own with a checksum. The same command again goes on where the
-# last one stopped: a shard is made once, unless its file has another size or time than it had. As
-# an array, tasks make shards and join nothing; without --array what is missing is made and all
-# shards are joined, in the order of the files' names, into OUTPUT/text_document.bin and .idx.
+# Every file becomes its own shard with a checksum. If you repeat the command, it continues where the
+# last one stopped. A shard is made again only if the size or time of its file has changed. With
+# --array, tasks make shards and join nothing. Without --array, missing shards are made and all shards
+# are joined, in the order of the files' names, into OUTPUT/text_document.bin and .idx.
 #
 #   INPUT        folder of .jsonl, .jsonl.gz and .jsonl.zst files, searched with its subfolders
 #   OUTPUT       folder for shards/, tokenizer/ and text_document.*
@@ -26,7 +26,7 @@
 #   WORKERS      processes that tokenize (the task's CPUs)
 set -euo pipefail
 
-# sbatch runs a copy of this file from elsewhere; Slurm knows where the original lies.
+# sbatch runs a copy of this file from elsewhere; Slurm knows where the original is.
 script=${BASH_SOURCE[0]}
 if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$(dirname "$script")/../../tools/environment.sh" ]; then
   script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\.sh\).*|\1|p' | head -n 1)
@@ -34,8 +34,8 @@ fi
 # shellcheck source=tools/environment.sh
 source "$(dirname "$script")/../../tools/environment.sh"
 
-[ -d "${INPUT:-}" ] || give_up "INPUT=${INPUT:-} is no folder; INPUT=folder of .jsonl files"
-[ -n "${OUTPUT:-}" ] || give_up "OUTPUT is not set; OUTPUT=folder for the data set"
+[ -d "${INPUT:-}" ] || give_up "INPUT=${INPUT:-} is not a folder; set it to the folder of .jsonl files"
+[ -n "${OUTPUT:-}" ] || give_up "OUTPUT is not set; set it to the folder for the data set"
 shards=$OUTPUT/shards key=${JSON_KEY:-text}
 tokenizer=${TOKENIZER:-$OUTPUT/tokenizer}
 mkdir -p "$shards" || give_up "OUTPUT=$OUTPUT cannot be made; choose another"
@@ -49,7 +49,7 @@ mapfile -d '' files < <(cd "$INPUT" &&
 exec {lock}>"$OUTPUT/.lock"
 flock "$lock" 2>/dev/null || say "no locks on this file system: start one task before the others"
 if [ -n "${TOKENIZER:-}" ]; then
-  [ -d "$TOKENIZER" ] || give_up "TOKENIZER=$TOKENIZER is no folder"
+  [ -d "$TOKENIZER" ] || give_up "TOKENIZER=$TOKENIZER is not a folder; set it to a tokenizer's folder"
 elif [ ! -d "$tokenizer" ]; then
   if [ -z "${VOCAB_FILE:-}" ] || [ -z "${MERGE_FILE:-}" ]; then
     give_up "set VOCAB_FILE and MERGE_FILE to GPT-2's two files, or TOKENIZER to a folder"
@@ -58,7 +58,7 @@ elif [ ! -d "$tokenizer" ]; then
     --vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE" --output "$tokenizer"
 elif ! { [ -z "${VOCAB_FILE:-}" ] || cmp -s "$VOCAB_FILE" "$tokenizer/vocab.json"; } ||
   ! { [ -z "${MERGE_FILE:-}" ] || cmp -s "$MERGE_FILE" "$tokenizer/merges.txt"; }; then
-  give_up "$tokenizer was made of other files than VOCAB_FILE and MERGE_FILE;" \
+  give_up "$tokenizer was not made from VOCAB_FILE and MERGE_FILE;" \
     "choose another OUTPUT or remove it"
 fi
 # Shards of two settings must not meet in one data set.
@@ -115,11 +115,11 @@ done
 [ "$failed" -eq 0 ] || give_up "$failed of ${#files[@]} files failed, see above and $shards/*.log." \
   "Correct or remove them; the same command goes on"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  say "$made shards made; without --array the same command joins those of all tasks"
+  say "$made shards made; to join those of all tasks, run the same command without --array"
   exit
 fi
 
-# Joining copies everything, so not without need.
+# Joining copies everything, so it is done only if needed.
 merged=$OUTPUT/text_document
 if [ ! -f "$merged.sha256" ] || [ ! -s "$merged.bin" ] || [ ! -s "$merged.idx" ] ||
   ! cat "${prefixes[@]/%/.sha256}" | cmp -s - "$merged.parts"; then

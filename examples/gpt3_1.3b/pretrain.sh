@@ -3,25 +3,25 @@
 # Sourced by the scripts beside it, which differ in a few of the settings below. Any of them runs
 #
 #   sbatch SCRIPT                  on a cluster; it resumes, and requeues itself, until it is finished
-#   bash SCRIPT                    on this machine and all its GPUs; Ctrl-C saves, again continues
+#   bash SCRIPT                    on this machine and all its GPUs; Ctrl-C saves, a restart continues
 #   SCALE=smoke bash SCRIPT        the same in small, with made-up data: a minute, no GPU needed
-#   DRY_RUN=1 bash SCRIPT          prints the command that each process runs; data need not be set
+#   DRY_RUN=1 bash SCRIPT          prints the command that each process runs; needs no data
 #
-# Settings, from the environment. What a cluster needs of its own goes to sbatch, as options or as
-# SBATCH_* variables: --partition, --account, --nodes, --time and so on; they win over the header.
-# (--gpus-per-node=0 where SLURM knows of no GPUs. sbatch must be given the file, not its text.)
+# Settings come from the environment. Give sbatch what your cluster needs, as options or as SBATCH_*
+# variables: --partition, --account, --nodes, --time and so on; they override the header. (Use
+# --gpus-per-node=0 if SLURM knows no GPUs. Give sbatch the file, not its text.)
 #
-# Data: to be set, but for SCALE=smoke
+# Data: set these, except with SCALE=smoke
 #   DATA_PATH          prefix of the .bin and .idx files, or a blend: "0.3 /data/a 0.7 /data/b"
 #   TOKENIZER          folder of the tokenizer; prepare_data.sh makes GPT-2's (README.md)
 # Where things go, on a file system that all nodes see
 #   RUN_DIR            checkpoints, TensorBoard, log.txt (runs/gpt3_1.3b/SCRIPT of the repository)
-#   DATA_CACHE         Megatron's index files, to be shared between runs (RUN_DIR/cache)
+#   DATA_CACHE         Megatron's index files, which runs can share (RUN_DIR/cache)
 # What runs
 #   PYTHON             has Megatron installed (default: what tools/environment.sh finds or sets up)
 #   PRETRAIN_GPT       Megatron-LM's pretrain_gpt.py (default: this package's pretrain_gpt)
 #   EXTRA_ARGS         more flags, split at spaces; they win: EXTRA_ARGS="--fp8-format hybrid"
-#   START_FROM         a checkpoint whose weights the first start takes, of tools/checkpoint/import_hf.py say
+#   START_FROM         a checkpoint with the first weights, such as one of tools/checkpoint/import_hf.py
 #   CONTAINER          image for pyxis: CONTAINER=/images/pytorch.sqsh sbatch SCRIPT
 #   CONTAINER_MOUNTS   what it sees, as in "/data:/data,/home:/home" (the working folder, the
 #                      repository, RUN_DIR and the folders of DATA_PATH and TOKENIZER)
@@ -29,38 +29,38 @@
 #   PROCESSES          without SLURM: how many (one for each GPU)
 #   MASTER_ADDR, MASTER_PORT  where rank 0 listens (the first node's address in SLURM, a free port)
 #   EXIT_MINUTES       save and stop after so many (SLURM: 5 minutes before the time limit, 1 before
-#                      a short one, should the header's --signal=TERM@600 not have done it)
+#                      a short one, if the header's --signal=TERM@600 has not done it)
 # The model on the machine
 #   TP, PP, CP         tensor, pipeline and context parallel sizes (1)
 #   SP                 1: sequence parallelism
 #   MICRO_BATCH_SIZE   samples at once on a GPU (8, for GPUs of 80 GB; README.md has the sum).
 #                      random-LTD's peak memory is that of a dense run; --random-ltd-preflight makes
 #                      a run that will not fit fail in its first minute
-#   GROW_MICRO_BATCH   micro-batches that one pass may take where few tokens are kept (as many as make
-#                      16 samples, for their logits need memory; 1: each its own)
+#   GROW_MICRO_BATCH   micro-batches that one pass may take while few tokens are kept (up to 16
+#                      samples, because their logits need memory; 1: one pass for each)
 #   CPU                1: on the CPU, which SCALE=smoke does unless it is 0; GPUs are hidden
 #   SAVE_INTERVAL      iterations between checkpoints (1000)
 #   RETAIN_INTERVAL    and between those that stay when there are newer ones (ten times that)
 #   PRECISION          bf16, fp16 or fp32
-#   LOSS_FUSION        1: with bf16, Megatron compiles the cross-entropy; 0: it does not, which
-#                      --deterministic-mode in EXTRA_ARGS needs
-#   GRADIENT_FUSION    1: weight gradients are added up where they are computed, for which Megatron
-#                      needs an extension of APEX; 0: apart. (1 if PYTHON has the extension, or runs
-#                      in a CONTAINER or by a LAUNCHER: NVIDIA's images have it)
-#   PYTORCH_CUDA_ALLOC_CONF  of torch (expandable_segments:True, for each kept length is a new size)
+#   LOSS_FUSION        1: with bf16, Megatron compiles the cross-entropy; 0: it does not (use 0 with
+#                      --deterministic-mode in EXTRA_ARGS)
+#   GRADIENT_FUSION    1: weight gradients are added up as they are computed (Megatron then needs an
+#                      extension of APEX); 0: separately. (1 if PYTHON has the extension, or runs in
+#                      a CONTAINER or by a LAUNCHER: NVIDIA's images have it)
+#   PYTORCH_CUDA_ALLOC_CONF  of torch (expandable_segments:True: each kept length is a new size)
 # The experiment
 #   METHOD             dense, ltd, or constant: drop without growth, the ablation
-#   TOKENS             of a dense run; LayerTokens per layer of another, the paper's measure. At full
-#                      size, as RAMP_ITERS and MIN_TOKENS: SCALE=smoke takes a share of what they say
+#   TOKENS             tokens of a dense run; with dropping, LayerTokens per layer as in the paper.
+#                      Give the full size, also for RAMP_ITERS and MIN_TOKENS; SCALE=smoke scales down
 #   LR, RAMP_ITERS     peak learning rate; iterations until nothing is dropped
 #   LAYER_TOKEN_LR     1: the learning rate follows LayerTokens; 0: samples
-#   MIN_TOKENS         kept at first, or throughout (128)
+#   MIN_TOKENS         kept at first, or for the whole run (128)
 #   GLOBAL_BATCH_SIZE  512
 #   STRATA             16, so that all layouts draw the same tokens; 1 is the paper's plain uniform draw
 #   DROPOUT            0.1: the published launch scripts set none, which is Megatron's default
 #   SEED               1234
 
-: "${script:?this file is sourced: run one of the scripts beside it}"
+: "${script:?other scripts source this file: run one of the scripts next to it}"
 give_up() { printf '%s: %s\n' "$NAME" "$*" >&2; exit 2; }
 say() { printf '%s: %s\n' "$NAME" "$*"; }
 problems=()
@@ -112,7 +112,7 @@ case $SCALE in
     TOKENS=$((TOKENS / shrink)) warmup_tokens=$((warmup_tokens / shrink))
     RAMP_ITERS=$((RAMP_ITERS / 20000))
     ((TOKENS >= GLOBAL_BATCH_SIZE * seq && RAMP_ITERS > 0)) ||
-      give_up "$given: of these SCALE=smoke takes 1/$shrink and 1/20000, which is too few; give those of the full size"
+      give_up "$given: SCALE=smoke uses 1/$shrink and 1/20000 of these, which is too few; give the full size"
     MIN_TOKENS=$(((MIN_TOKENS * seq / 2048 + 15) / 16 * 16))
     ;;
   *) give_up "SCALE=$SCALE is not full or smoke" ;;
@@ -210,11 +210,11 @@ SAVE_ARGS=(
   --exit-signal-handler --exit-signal SIGUSR2 # see launch.sh
 )
 if [[ " $EXTRA_ARGS " =~ \ (--load|--save|--finetune|--pretrained-checkpoint)[\ =] ]]; then
-  problem "EXTRA_ARGS has ${BASH_REMATCH[1]}, with which a requeued job would not go on where it was: set RUN_DIR, or START_FROM for weights to begin with"
+  problem "EXTRA_ARGS has ${BASH_REMATCH[1]}, and a requeued job would then not go on: set RUN_DIR, or START_FROM for the first weights"
 fi
 if [ -n "${START_FROM:-}" ]; then
   files+=("$START_FROM/latest_checkpointed_iteration.txt")
-  [ -n "$DRY_RUN" ] || [ -s "${files[-1]}" ] || problem "START_FROM=$START_FROM is no folder of checkpoints"
+  [ -n "$DRY_RUN" ] || [ -s "${files[-1]}" ] || problem "START_FROM=$START_FROM is not a folder of checkpoints"
   SAVE_ARGS+=(--pretrained-checkpoint "$START_FROM") # only as long as RUN_DIR has none
 fi
 LOGGING_ARGS=(

@@ -1,1 +1,1 @@
-"""What follows ``python -m megatron_rltd``; each command with its library beside it."""
+"""The commands of ``python -m megatron_rltd``, each with its own modules."""

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     against = parser.parse_args(argv).against
     warnings.filterwarnings("ignore")  # Megatron's, about what it does not find on a CPU
     if sys.version_info < (3, 12):  # noqa: UP036  not installed, only found beside a script
-        print(f"{sys.executable} is Python {platform.python_version()}; 3.12 or newer is needed")
+        print(f"{sys.executable} is Python {platform.python_version()}; use Python 3.12 or newer")
         return 1
     try:
         versions.check_installed()

@@ -15,7 +15,7 @@ from megatron_rltd.patching.mechanism import Patch
 from megatron_rltd.patching.versions import VersionError
 from megatron_rltd.refusals import refuse_command_line
 
-# Flags that cannot be known to Megatron without our patches.
+# Flags that Megatron knows only with our patches.
 OUR_FLAGS = ("-h", "--help", "--random-ltd", "--layer-token-lr", "--train-layer-tokens")
 BUNDLED = {"pretrain_gpt": Path(megatron_rltd.__file__).parent / "pretrain" / "pretrain_gpt.py"}
 CPU_FLAG, CPU_VARIABLE = "--cpu", "MEGATRON_RLTD_CPU"
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     script = BUNDLED.get(argv[0], Path(argv[0]))
     if not script.is_file():
         return _fail(f"there is no script {argv[0]}; bundled: {', '.join(BUNDLED)}")
-    # Imported late where it is raised, for it comes with Megatron's model classes.
+    # ModelError is imported late, because its module imports Megatron's model classes.
     try:
         args = prepare(script, argv[1:])
         sys.argv = [str(script), *args]
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     except (RankConfigError, VersionError) as error:
         return _fail(str(error), of_this_rank=True)
     except ConfigError as error:
-        # The user's to mend: every rank finds it alike, so that one says it.
+        # Every rank finds the same error, so only one reports it.
         return _fail(str(error)) if _rank() == 0 else 2
     except RuntimeError as error:
         from megatron_rltd.model.block import ModelError
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 
 def print_flags() -> None:
     """Print the flags that are added to those of a script."""
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # seconds of importing what is not needed
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # saves seconds of unneeded imports
     warnings.filterwarnings("ignore")
     from megatron_rltd.training.arguments import add_arguments
 
@@ -65,15 +65,15 @@ def print_flags() -> None:
 
 
 def prepare(script: Path, args: list[str]) -> list[str]:
-    """Do what must be done before the script imports Megatron.
+    """Prepare everything before the script imports Megatron.
 
     Returns:
-        The arguments that are the script's.
+        The arguments for the script.
 
     Raises:
-        ConfigError: An argument keeps ours from being checked.
-        RankConfigError: The device that is asked for is not there.
-        VersionError: This Megatron is not one that random-LTD was tested with.
+        ConfigError: An argument prevents the check of ours.
+        RankConfigError: The requested device is not there.
+        VersionError: random-LTD was not tested with this Megatron.
     """
     # The script's folder comes first, as if python had been started with it: in a clone of
     # Megatron-LM it holds the megatron package to run with.
@@ -125,7 +125,7 @@ def _check_gpu() -> None:
         [
             "no CUDA device is visible to this process"
             + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else "")
-            + f": give it one, or add {CPU_FLAG} to the script's arguments to run on the CPU"
+            + f": make one visible, or add {CPU_FLAG} to the script's arguments to run on the CPU"
         ]
     )
 
@@ -153,10 +153,10 @@ def _rank() -> int:
 
 
 def _fail(message: str, of_this_rank: bool = False) -> int:
-    """Say why a run ends before it began; return the exit status.
+    """Say why a run ends before it has begun; return the exit status.
 
     Args:
-        of_this_rank: Whether other ranks may be without this problem.
+        of_this_rank: Whether other ranks may not have this problem.
     """
     who = "megatron_rltd"
     if of_this_rank and int(os.environ.get("WORLD_SIZE", "1")) > 1:

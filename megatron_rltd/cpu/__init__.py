@@ -1,1 +1,1 @@
-"""Megatron on a machine without a GPU, where that is asked for."""
+"""Megatron on a machine without a GPU, if you ask for it."""

@@ -1,7 +1,7 @@
 """Present the CPU to Megatron as its device.
 
-Megatron assumes CUDA. Where there is no CUDA device and the CPU is asked for, `enable` replaces the
-symbols of the table `PATCHES` so that the unmodified training loop runs on the CPU over gloo, under
+Megatron assumes CUDA. If there is no CUDA device and you ask for the CPU, `enable` replaces the
+symbols of the table `PATCHES`. The unmodified training loop then runs on the CPU over gloo, under
 every parallelism, with the same arithmetic as on a GPU. It is for laptops and tests; it makes
 nothing fast.
 
@@ -31,10 +31,10 @@ from megatron_rltd.cpu.modules import CPU, Stream
 from megatron_rltd.patching import versions
 from megatron_rltd.patching.mechanism import AppliedPatches, Patch, apply
 
-# What Megatron asks of a device: the compute capability, for decisions that a CPU does not mind.
+# What Megatron asks a device: its compute capability, for decisions that do not matter on a CPU.
 PROPERTIES = types.SimpleNamespace(name="cpu", major=9, minor=0, multi_processor_count=1)
 
-# Megatron flags whose only value that works without a GPU differs from Megatron's default.
+# Megatron flags whose default does not work without a GPU, and the value that does.
 CPU_ARGUMENTS: dict[str, Any] = {
     "distributed_backend": "gloo",
     "use_cpu_initialization": True,
@@ -61,8 +61,8 @@ def why_no_training() -> str | None:
     if importlib.util.find_spec("transformer_engine") is None:
         return None
     return (
-        "Transformer Engine is installed here, and Megatron uses it, which needs a GPU: to train "
-        "without one use an environment without it (tools/environment.sh makes one)"
+        "Transformer Engine is installed here, so Megatron uses it, and it needs a GPU: to train "
+        "on the CPU, use an environment without it (tools/environment.sh makes one)"
     )
 
 
@@ -73,7 +73,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(original):
-    """Create a tensor on the CPU where "cuda" or pinned memory is asked for."""
+    """Create a tensor on the CPU if the caller asks for "cuda" or pinned memory."""
 
     @functools.wraps(original)
     def create(*args, **kwargs):
@@ -122,7 +122,7 @@ def _set_arguments(original):
     def validate_args(args, *rest, **kwargs):
         changed = set_arguments(args)
         if changed and int(os.environ.get("RANK", "0")) == 0:
-            text = f"for the CPU these arguments of Megatron's are changed: {', '.join(changed)}"
+            text = f"these Megatron arguments are changed for the CPU: {', '.join(changed)}"
             print(f"megatron_rltd: {text}", flush=True)
         return original(args, *rest, **kwargs)
 
@@ -160,8 +160,8 @@ _LITERAL = 'Megatron asks for "cuda" by name'
 _NO_DEVICE = "there is no CUDA device to ask"
 _IN_ORDER = "a CPU runs everything in order"
 _RNG = "the CPU's generator is the device's generator"
-_EQUAL_SHARES = "gloo gathers and scatters equal shares only, experts under TP have unequal ones"
-_ADAM = "counts steps per group, without which the distributed optimizer cannot resume"
+_EQUAL_SHARES = "gloo gathers and scatters only equal shares; experts under TP have unequal ones"
+_ADAM = "counts steps per group; the distributed optimizer cannot resume without that"
 
 # The functions that Megatron asks for a tensor on "cuda" by that name.
 FACTORIES = (
@@ -176,7 +176,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch("torch:Tensor.pin_memory", _is(lambda tensor, *args, **kwargs: tensor), _NO_DEVICE),
     Patch("torch:Tensor.type", _tensor_type, "Megatron sorts parameters by CUDA type names"),
     _torch_cuda("current_device", _returns(CPU), _NO_DEVICE),
-    _torch_cuda("device_count", _returns(1), "Megatron skips parallelism where it is 0"),
+    _torch_cuda("device_count", _returns(1), "Megatron skips parallelism if it is 0"),
     _torch_cuda("get_device_properties", _returns(PROPERTIES), _NO_DEVICE),
     _torch_cuda("set_device", _returns(None), _NO_DEVICE),
     _torch_cuda("synchronize", _returns(None), _IN_ORDER),
@@ -214,7 +214,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "megatron.training.training:set_jit_fusion_options",
         _returns(None),
-        "draws from the generator that initial weights have here: TP layouts would differ",
+        "draws from the generator of the initial weights here, so TP layouts would differ",
         copies=("megatron.training.initialize",),
     ),
     Patch(
@@ -238,7 +238,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "megatron.core.tensor_parallel.layers:reduce_from_tensor_model_parallel_region",
         modules.reduce_from_tensor_model_parallel_region,
-        "its output may not be written to, as MoE layers with biases do",
+        "MoE layers with biases write to its output, and torch does not allow that",
         parameters=("input_", "group"),
         copies=("megatron",),
     ),
@@ -291,8 +291,8 @@ def enable() -> AppliedPatches:
     """Make the CPU Megatron's device in this process.
 
     Sets two environment variables if they are unset: ``CUDA_DEVICE_MAX_CONNECTIONS=1``, which
-    Megatron asserts, and ``TORCHDYNAMO_DISABLE=1``, since compiling Megatron's small fused
-    functions for a CPU costs more than it gives.
+    Megatron asserts, and ``TORCHDYNAMO_DISABLE=1``, because compiling Megatron's small fused
+    functions for a CPU takes longer than it saves.
 
     Raises:
         RankConfigError: A CUDA device is available.
@@ -301,8 +301,8 @@ def enable() -> AppliedPatches:
     if not is_needed():
         raise RankConfigError(
             [
-                "the CPU is Megatron's device only where there is no CUDA device: omit --cpu, or "
-                "hide the GPUs with CUDA_VISIBLE_DEVICES="
+                "--cpu works only if no CUDA device is visible: omit --cpu, or hide the GPUs with "
+                "CUDA_VISIBLE_DEVICES="
             ]
         )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -312,8 +312,8 @@ def enable() -> AppliedPatches:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Megatron warns when drawing for the device moves the CPU's generator; here they are one.
     logging.getLogger(_RANDOM).addFilter(_not_about_rng)
-    # torch remembers, at its first use, which functions `torch.device("meta")` is to act on: these
-    # must be its own, for ours call them.
+    # At its first use, torch remembers which functions `torch.device("meta")` acts on. These must
+    # be its own functions, because ours call them.
     _device._device_constructors()
     return apply(versions.rows_for_release(PATCHES))
 

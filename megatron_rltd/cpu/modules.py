@@ -1,4 +1,4 @@
-"""What Megatron takes from Apex or Transformer Engine on a GPU, in plain torch for `cpu`.
+"""What Megatron takes from Apex or Transformer Engine on a GPU, here in plain torch for the CPU.
 
 Streams, an Adam for the distributed optimizer, norms under sequence parallelism, attention under
 context parallelism, unequal shares over gloo, and a data loader that leaves the device's random
@@ -105,8 +105,8 @@ def data_loader_iter(original):
     """Keep the seed that a data loader draws out of the generator that dropout draws from.
 
     On a GPU these are two generators. Only the first of a group of tensor-parallel ranks reads
-    data, so the others would drop out other elements of the same hidden states; and a resumed run
-    would drop out others than one that was never interrupted.
+    data, so the others would drop out different elements of the same hidden states. A resumed run
+    would also drop out different elements than an uninterrupted one.
     """
 
     @functools.wraps(original)
@@ -148,7 +148,7 @@ def _replaced(config: Any, **changes: Any) -> Any:
 
 
 def reduce_from_tensor_model_parallel_region(original):
-    """Return the input itself where there is nothing to reduce.
+    """Return the input itself if there is nothing to reduce.
 
     Megatron's autograd function returns it as a view of itself, which the MoE layer with biases
     then adds to in place: an error in torch. With TE's linear layers this does not arise.

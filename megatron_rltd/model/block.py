@@ -1,8 +1,8 @@
 """The plan of one forward pass through a TransformerBlock, and the rows that its layers borrow.
 
-The plan is made when the block's forward starts and travels with the pass: what each layer keeps,
-where real hidden states are needed in between, which layers are checkpointed one by one around
-their kept tokens instead of by the block around the whole hidden states.
+The plan is made when the block's forward starts, and it travels with the pass. It says what each
+layer keeps, where real hidden states are needed in between, and which layers are checkpointed one
+by one around their kept tokens, not by the block around the whole hidden states.
 
 The hidden state stays where it is; layers borrow rows of it and give them back.
 
@@ -26,16 +26,16 @@ from megatron_rltd.tokens.ops import exchange_tokens, merge_tokens, split_tokens
 
 
 class ModelError(RuntimeError):
-    """A model is not one in whose layers tokens can be dropped."""
+    """random-LTD cannot drop tokens in the layers of this model."""
 
 
 class BorrowedRows:
     """The rows that neighbouring dropped layers borrow, between two of them.
 
-    Use `borrow` and `give_back` in turn, once for each layer; `give_back` with ``last=True`` ends
-    the row of neighbours, after which a new one may begin. In between the caller holds the private
-    buffer in the place of the hidden states: rows that the last layer kept are arbitrary in it.
-    Nobody else may look at it or keep it.
+    Call `borrow` and `give_back` in turn, once for each layer. `give_back` with ``last=True`` ends
+    the row of neighbours; then a new one may begin. In between, the caller holds the private buffer
+    in place of the hidden states. Rows that the last layer kept are arbitrary in it. Nobody else
+    may read or keep it.
     """
 
     def __init__(self, library: Any) -> None:
@@ -79,7 +79,7 @@ class BorrowedRows:
         """Take a layer's output [k, b, h]; return what stands for the hidden states, [s, b, h].
 
         Args:
-            last: Whether no neighbour follows; only then the result is the real hidden states.
+            last: Whether no neighbour follows. Only then is the result the real hidden states.
         """
         assert self._buffer is not None and self._indices is not None
         if not last:
@@ -93,16 +93,16 @@ class BorrowedRows:
 class LayerPlan(PackedSeqParams):
     """What the layers of one block need to know of one forward pass.
 
-    It reaches them in the place of ``packed_seq_params``, the one argument that
-    ``TransformerBlock`` hands to them untouched both in forward and in recomputation; so it is one,
-    with the attributes of the block's own.
+    It reaches them in place of ``packed_seq_params``. Only this argument goes from
+    ``TransformerBlock`` to its layers unchanged, both in forward and in recomputation. So the plan
+    is a ``PackedSeqParams``, with the attributes of the block's own.
 
     Attributes:
         packed_seq_params: The block's own argument or None, for the layers that do not drop.
-        kept: Layer number to its kept tokens; a layer that is absent processes all.
+        kept: Layer number to its kept tokens; a layer that is absent processes all tokens.
         ends: Numbers of the dropped layers that give back real hidden states.
         recomputed: Numbers of the layers to checkpoint here, around the kept tokens only.
-        rotary: The block's own ``rotary_pos_emb``, if `angles` holds what is made of it.
+        rotary: The block's own ``rotary_pos_emb``, if `angles` was made from it.
         angles: Layer number to the kept tokens' ``rotary_pos_emb``.
         library: What implements the ops.
         borrowed: The rows that are on loan between two layers.
@@ -116,7 +116,7 @@ class LayerPlan(PackedSeqParams):
         recomputed: frozenset[int],
         library: Any,
     ):
-        # Not through the base class, which would compute something of the packed sequences anew.
+        # Not through the base class: it would compute values of the packed sequences again.
         for field in dataclasses.fields(PackedSeqParams):
             setattr(self, field.name, getattr(packed_seq_params, field.name, field.default))
         self.packed_seq_params = packed_seq_params
@@ -130,15 +130,15 @@ class LayerPlan(PackedSeqParams):
 
 
 def check_layers(block: Any) -> None:
-    """Check that every layer of a block is a transformer layer not yet attached.
+    """Check that every layer of a block is a transformer layer, and that none is attached yet.
 
     Raises:
-        ModelError: One is not.
+        ModelError: A layer fails the check.
     """
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     if "forward" in vars(block):
-        raise ModelError("random-LTD: this model is attached already")
+        raise ModelError("random-LTD: this model is already attached; call detach() first")
     for layer in block.layers:
         if not isinstance(layer, TransformerLayer):
             raise ModelError(
@@ -152,8 +152,8 @@ def plan_recomputation(
 ) -> tuple[frozenset[int], bool]:
     """Decide where a block's layers are checkpointed under full recomputation.
 
-    Megatron stores the hidden states, s rows, once for each group of layers. Checkpointing every
-    layer by itself stores k rows for a dropped one; that is done where it stores less in all.
+    Megatron stores the hidden states, s rows, once for each group of layers. If every layer is
+    checkpointed by itself, a dropped one stores k rows; this is done if it stores less in all.
 
     Returns:
         Numbers of the layers to checkpoint one by one, and whether Megatron checkpoints groups
@@ -182,15 +182,15 @@ def plan_angles(
 ) -> bool:
     """Decide whether the rotary angles of all dropped layers are gathered at once.
 
-    That is one gather for a pass instead of one for each layer, and each layer's angles last as
-    long as any's. Where layers are recomputed they last until then, beside the hidden states of the
-    kept tokens; that is done if both together take no more memory than the hidden states of all
-    tokens would, so that a step that drops nothing still needs the most. Else each layer gathers
-    its own, and gathers them again in recomputation.
+    That is one gather for a pass, not one for each layer, and the angles of all layers live equally
+    long. If layers are recomputed, the angles live until then, next to the hidden states of the
+    kept tokens. So they are gathered at once only if both together take no more memory than the
+    hidden states of all tokens. A step that drops nothing then still needs the most memory.
+    Otherwise each layer gathers its own angles, and gathers them again in recomputation.
 
     Args:
         rotary: The block's ``rotary_pos_emb``: None, angles or a tuple of them.
-        hidden_states: [s, b, h], those of this rank.
+        hidden_states: [s, b, h], rows of this rank.
         recomputed: Whether any layer is recomputed as a whole.
     """
     given = rotary if isinstance(rotary, (tuple, list)) else (rotary,)
@@ -210,7 +210,7 @@ def plan_ends(
 ) -> frozenset[int]:
     """Return the dropped layers after which the hidden states must be the real ones.
 
-    Those are the last of each row of neighbours, and any layer whose output something else reads.
+    These are the last of each row of neighbours, and any layer whose output something else reads.
     """
     ends = set()
     layers = list(block.layers)  # none, if a pipeline stage is embedding or loss only
@@ -232,7 +232,7 @@ def _is_watched(layer: torch.nn.Module) -> bool:
     """Return whether something other than Megatron's own hooks sees a layer's input or output."""
     forward = getattr(layer.forward, "func", None)
     if getattr(forward, "__module__", "") != "megatron_rltd.model.layer":
-        return True  # replaced since `attach`, by a profiler say
+        return True  # replaced after `attach`, for example by a profiler
     hooks = [
         *layer._forward_hooks.values(),
         *layer._forward_pre_hooks.values(),

@@ -1,4 +1,4 @@
-"""What the dropped layers of a block keep of one forward pass, drawn for all of them at once.
+"""The tokens that the dropped layers of a block keep in one forward pass, drawn all at once.
 
 Shapes: s sequence length, b samples of a pass, k kept tokens, c context-parallel size.
 """
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rltd.config import ResolvedConfig
+from megatron_rltd.resolved_config import ResolvedConfig
 from megatron_rltd.schedule import Step
 from megatron_rltd.tokens import ops
 from megatron_rltd.tokens.shards import (
@@ -23,16 +23,16 @@ from megatron_rltd.tokens.shards import (
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """What one layer keeps of a forward pass. All int32 and ascending in each row.
+    """The tokens that one layer keeps in a forward pass. All int32, ascending in each row.
 
     Attributes:
         rows: [b, k on this rank], rows of this rank's hidden states.
         local: [b, k/c], positions in the part of the sequence that the context-parallel rank
-            holds, in its own order; all of its tensor-parallel ranks'.
+            holds, in its own order; those of all its tensor-parallel ranks.
         positions: [b, k], positions in the whole sequence.
         length: Tokens of that sequence.
 
-    Packed samples, laid end to end, are one sequence here: b is 1, k and length are of all.
+    Packed samples, laid end to end, are one sequence here: b is 1, k and length count them all.
     """
 
     rows: Tensor
@@ -65,17 +65,17 @@ def draw_kept(
     groups: Any,
     on_device: OnDevice,
 ) -> dict[int, KeptTokens]:
-    """Return what layers of a block keep, by their numbers.
+    """Return layer number to kept tokens for the dropped layers of a block.
 
     Args:
-        library: Of `ops.find_library`.
-        layer_numbers: Of the block's dropped layers.
+        library: From `ops.find_library`.
+        layer_numbers: Numbers of the block's dropped layers.
         hidden_states: [s on this rank, b, h], or [b * s, 1, h] if `is_packed`.
         groups: The block's ``ProcessGroupCollection``.
-        on_device: Of `shards.cached_on_device`.
+        on_device: From `shards.cached_on_device`.
 
     Raises:
-        RuntimeError: The hidden states do not have the length that was resolved.
+        RuntimeError: The hidden states do not have the resolved length.
     """
     from megatron.core.utils import get_pg_rank, get_pg_size
 
@@ -128,9 +128,9 @@ def _count_samples(resolved: ResolvedConfig, rows: int, batch: int, is_packed: b
     samples = rows // expected if is_packed else batch
     if samples < 1 or rows != (expected * samples if is_packed else expected):
         raise RuntimeError(
-            f"random-LTD: hidden states have {rows} rows on this rank where --seq-length "
-            f"{model.seq_length} makes {expected} of a sample; variable lengths do not work, "
-            "another constant length is attach(seq_length=...)"
+            f"random-LTD: hidden states have {rows} rows on this rank, but --seq-length "
+            f"{model.seq_length} gives {expected} for a sample; variable lengths do not work, "
+            "for another constant length use attach(seq_length=...)"
         )
     return samples
 
@@ -147,19 +147,20 @@ def sample_indices(
 ) -> Tensor:
     """Return the global indices of the samples of a pass, [b] int64.
 
-    Megatron's order: micro-batch by micro-batch, in each the data-parallel ranks in turn
+    Megatron's order: micro-batch by micro-batch, and within each the data-parallel ranks in turn
     (``megatron/training/datasets/data_samplers.py:MegatronPretrainingSampler``).
 
     Args:
         samples: b.
-        rank, ranks: Data-parallel ones.
-        shared: Whether all samples of a micro-batch keep the same tokens; then only the index of
-            the first one of each is returned.
+        rank, ranks: The data-parallel rank and size.
+        shared: Whether all samples of a micro-batch keep the same tokens. Then only the index of
+            the first sample of each micro-batch is returned.
     """
     size, rest = divmod(samples, which.micro_batches)
     if rest:
         raise RuntimeError(
-            f"random-LTD: a pass of {which.micro_batches} micro-batches has {samples} samples"
+            f"random-LTD: {samples} samples do not fill a pass of {which.micro_batches} "
+            "micro-batches evenly"
         )
     start = step.consumed_samples + (which.index * which.micro_batches * ranks + rank) * size
     drawn = 1 if shared else size

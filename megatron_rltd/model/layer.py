@@ -1,7 +1,7 @@
 """One Megatron transformer layer on kept tokens: sub-sample its arguments and call it.
 
-The layer itself is Megatron's, whole. A `block.LayerPlan` says what each layer of a block keeps of
-one forward pass.
+The layer itself is Megatron's own and is not changed. A `block.LayerPlan` says what each layer of a
+block keeps in one forward pass.
 
 Shapes: s sequence length, b micro batch, h hidden size, d rotary size, k kept tokens,
 c context-parallel size.
@@ -45,8 +45,8 @@ def run_layer(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> tupl
         hidden_states = plan.borrowed.borrow(hidden_states, kept.rows)
 
     def run(hidden_states: Tensor) -> tuple[Tensor, Any]:
-        # Masks of the kept tokens are made anew in recomputation: kept for backward, they could
-        # outweigh the hidden states that are not stored. Angles: `block.plan_angles`.
+        # Recomputation makes the masks of the kept tokens again. If they were stored for backward,
+        # they could outweigh the hidden states that are not stored. Angles: `block.plan_angles`.
         arguments = kwargs
         if kept is not None:
             is_ready = kwargs.get("rotary_pos_emb") is plan.rotary
@@ -97,17 +97,17 @@ def check_arguments(arguments: dict[str, Any], config: Any) -> None:
     if config.context_parallel_size > 1:
         raise RuntimeError(f"random-LTD: {what} and context parallelism")
     if arguments.get("rotary_pos_emb") is not None and config.apply_rope_fusion:
-        raise RuntimeError(f"random-LTD: {what} and fused rotary embeddings: --no-rope-fusion")
+        raise RuntimeError(f"random-LTD: {what} and fused rotary embeddings: add --no-rope-fusion")
 
 
 def subsample(
     arguments: dict[str, Any], kept: KeptTokens, library: Any, angles: Any = None
 ) -> dict[str, Any]:
-    """Return a layer's arguments, but for the hidden states, as they are for the kept tokens.
+    """Return a layer's arguments for the kept tokens, without the hidden states.
 
     Args:
         library: What implements the ops.
-        angles: What ``rotary_pos_emb`` becomes, if it is known already.
+        angles: The new ``rotary_pos_emb``, if it is already known.
     """
     result = dict(arguments)
     packed = arguments.get("packed_seq_params")
@@ -127,9 +127,9 @@ def subsample(
 def gather_angles(
     rotary: Any, kept: dict[int, KeptTokens], packed: Any, library: Any
 ) -> dict[int, Any]:
-    """Return what ``rotary_pos_emb`` is for the kept tokens of every layer, gathered at once.
+    """Return ``rotary_pos_emb`` for the kept tokens of every layer, gathered at once.
 
-    Kept tokens have the angles of their true positions. Not differentiable: angles are no weights.
+    Kept tokens have the angles of their true positions. Not differentiable: angles are not weights.
 
     Args:
         rotary: The block's ``rotary_pos_emb``: angles [s/c, 1 or b, 1, d] (packed: see
@@ -203,9 +203,9 @@ def kept_padding(mask: Tensor, kept: KeptTokens, library: Any) -> Tensor:
 
 
 def fused_rotary(original: Callable, t: Tensor, freqs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Apply rotary angles that differ between samples with a kernel that takes one set for all.
+    """Apply rotary angles that differ between samples, with a kernel that takes one set for all.
 
-    The kernel looks angles up by row, so samples are laid out as further rows.
+    The kernel looks up angles by row, so samples are laid out as more rows.
 
     Args:
         original: ``fused_apply_rotary_pos_emb`` of Megatron: t [s, b, n, d'], freqs [s, 1, 1, d].

@@ -1,12 +1,11 @@
 """Several micro-batches of a step in one pass: ``--random-ltd-grow-micro-batch``.
 
-Layers that keep few tokens give a GPU too little to do: small matrix products, many launches.
-Megatron's pipeline schedule is therefore told of fewer and larger micro-batches. The training
-script does not notice. For each pass its forward step is called once for every micro-batch of the
-run, with a stand-in for the model that only notes what it is called with. Then the model runs once
-on all of that, laid end to end, and the script's own loss functions each get their part of the
-output. So data, masks and losses are those of the run's micro-batches, and so are the losses'
-weights.
+Layers that keep few tokens give a GPU too little to do: small matrix products, many launches. So
+Megatron's pipeline schedule gets fewer and larger micro-batches. The training script does not
+notice. For each pass, its forward step is called once for every micro-batch of the run, with a
+stand-in for the model that only records its arguments. Then the model runs once on all of them,
+laid end to end, and each of the script's own loss functions gets its part of the output. So data,
+masks, losses and the weights of the losses are those of the run's micro-batches.
 
     forward_backward_func = join_micro_batches(get_forward_backward_func(), random_ltd)
 
@@ -35,12 +34,12 @@ def join_micro_batches(
     """Return Megatron's forward-backward function with passes of as many micro-batches as fit.
 
     Args:
-        forward_backward_func: Of ``megatron.core.pipeline_parallel.get_forward_backward_func``.
+        forward_backward_func: From ``megatron.core.pipeline_parallel.get_forward_backward_func``.
         random_ltd: Attached; its config says how many micro-batches a pass may take.
         is_packed: Whether a micro-batch's samples are laid end to end, as [1, b * s] tokens.
 
     Raises:
-        RuntimeError: In a pass: the script's forward step does not fit, see the message.
+        RuntimeError: During a pass, if the script's forward step does not fit; see the message.
     """
 
     @functools.wraps(forward_backward_func)
@@ -67,10 +66,10 @@ def join_micro_batches(
 def _joined(
     forward_step_func: Callable, count: int, micro_batch_size: int, packed_tokens: int | None
 ) -> Callable:
-    """Return a forward step of `count` micro-batches from the script's, which is of one.
+    """Return a forward step for `count` micro-batches, made from the script's step for one.
 
     Args:
-        packed_tokens: Of a micro-batch, if its samples are laid end to end.
+        packed_tokens: Tokens of a micro-batch, if its samples are laid end to end.
     """
     from megatron.core.utils import get_model_config
 
@@ -81,7 +80,7 @@ def _joined(
         for _ in range(count):
             output, loss_func = forward_step_func(data_iterator, stand_in, *rest, **kwargs)
             if not isinstance(output, _Output) or len(stand_in.calls) != len(loss_funcs) + 1:
-                raise RuntimeError(_not_joined("does not return what one call of the model gives"))
+                raise RuntimeError(_not_joined("does not return the output of one model call"))
             loss_funcs.append(loss_func)
         args, arguments = _join_calls(stand_in.calls, micro_batch_size, packed_tokens)
         dim = 0 if packed_tokens is None else 1
@@ -93,8 +92,8 @@ def _joined(
 
 def _not_joined(why: str) -> str:
     return (
-        f"random-LTD: {FLAG} cannot join micro-batches, for the script's forward step {why}: "
-        "omit it"
+        f"random-LTD: {FLAG} cannot join micro-batches, because the script's forward step {why}: "
+        f"omit {FLAG}"
     )
 
 
@@ -109,7 +108,7 @@ class _Output:
 
 
 class _StandIn:
-    """Stands for a model: has its attributes, and notes the arguments of its calls."""
+    """Stands for a model: it has the model's attributes and records the arguments of its calls."""
 
     def __init__(self, model: Any):
         self._model = model
@@ -128,15 +127,15 @@ def _join_calls(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Return the arguments of one call of the model in place of several.
 
-    Tensors begin with the dimension of the samples, [b, ...], or hold them end to end, [1, b * s].
+    Tensors are [b, ...], with the samples in the first dimension, or [1, b * s], end to end.
     """
     if len({(len(args), tuple(kwargs)) for args, kwargs in calls}) > 1:
-        raise RuntimeError(_not_joined("calls the model in another way from time to time"))
+        raise RuntimeError(_not_joined("does not always call the model in the same way"))
 
     def join(what: str, values: Sequence[Any]) -> Any:
         if all(map(_is_packed, values)):
             if packed_tokens is None:
-                raise RuntimeError(_not_joined("packs sequences; say is_packed=True, or else"))
+                raise RuntimeError(_not_joined("packs sequences without is_packed=True"))
             return _join_packed(values, packed_tokens)
         if all(isinstance(value, Tensor) and value.dim() > 1 for value in values):
             sizes = {value.size(0) for value in values}
@@ -171,14 +170,14 @@ def _is_packed(value: Any) -> bool:
 def _join_packed(params: Sequence[Any], tokens: int) -> Any:
     """Return the ``PackedSeqParams`` of micro-batches of `tokens` tokens, laid end to end."""
     joined: dict[str, Any] = {}
-    made: dict[int, Tensor] = {}  # what Megatron gives as one tensor stays one: see `packed`
+    made: dict[int, Tensor] = {}  # if two offsets are one tensor, they stay one: see `packed`
     for name in ("q", "kv", "q_padded", "kv_padded"):
         offsets = [getattr(p, f"cu_seqlens_{name}") for p in params]
         if offsets[0] is None:
             continue
         if id(offsets[0]) not in made:
-            # Megatron lays samples end to end in the same way: a micro-batch begins where the last
-            # one ends (``megatron/core/utils.py:_merge_cu_seqlens_across_micro_batch``).
+            # Megatron lays samples end to end in the same way: a micro-batch begins where the one
+            # before ends (``megatron/core/utils.py:_merge_cu_seqlens_across_micro_batch``).
             later = [own[1:] + i * tokens for i, own in enumerate(offsets[1:], 1)]
             made[id(offsets[0])] = torch.cat([offsets[0], *later])
         joined[f"cu_seqlens_{name}"] = made[id(offsets[0])]
@@ -187,7 +186,7 @@ def _join_packed(params: Sequence[Any], tokens: int) -> Any:
         if longest[0] is not None:
             joined[name] = max(longest)
     fields = {field.name for field in dataclasses.fields(params[0])}
-    # Set afterwards: to make seq_idx of total_tokens Megatron waits for the GPU.
+    # These are set afterwards: Megatron waits for the GPU to make seq_idx from total_tokens.
     joined |= dict.fromkeys(fields & {"total_tokens", "seq_idx"})
     result = dataclasses.replace(params[0], **joined)
     if getattr(params[0], "seq_idx", None) is not None:
@@ -199,7 +198,7 @@ def _join_packed(params: Sequence[Any], tokens: int) -> Any:
 
 
 def _part(output: Any, index: int, count: int, dim: int) -> Any:
-    """Return a micro-batch's part of what the model makes of `count` of them."""
+    """Return one micro-batch's part of the model's output for `count` of them."""
     if isinstance(output, Tensor):
         size = output.size(dim) // count
         return output.narrow(dim, index * size, size)
@@ -209,16 +208,16 @@ def _part(output: Any, index: int, count: int, dim: int) -> Any:
 
 
 def _loss(loss_funcs: Sequence[Callable], dim: int, is_summed: bool, output: Any) -> tuple:
-    """Return what a loss function of one micro-batch would, of all micro-batches of a pass.
+    """Return for all micro-batches of a pass what a loss function returns for one.
 
-    Megatron divides a loss by the tokens of its micro-batch and by the number of micro-batches, or
-    else, under ``--calculate-per-token-loss``, the sum of all by all tokens
+    Megatron divides a loss by the tokens of its micro-batch and by the number of micro-batches.
+    Under ``--calculate-per-token-loss`` it divides the sum of all losses by all tokens
     (``megatron/core/pipeline_parallel/schedules.py:forward_step_calc_loss``). So the mean over the
     micro-batches of a pass stands for each of them.
 
     Args:
         is_summed: Whether the losses are divided by all tokens later.
-        output: Of the model.
+        output: The output of the model.
     """
     count = len(loss_funcs)
     results = [loss(_part(output, i, count, dim)) for i, loss in enumerate(loss_funcs)]
@@ -234,9 +233,9 @@ def _loss(loss_funcs: Sequence[Callable], dim: int, is_summed: bool, output: Any
 
 
 def _report(reports: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Return what micro-batches report, in one, so that Megatron makes the same of it.
+    """Return the reports of micro-batches as one report that Megatron logs in the same way.
 
-    It adds up pairs of a sum and a number of tokens, and takes the mean of single values
+    Megatron adds up pairs of a sum and a number of tokens, and takes the mean of single values
     (``megatron/training/training.py:train_step``).
     """
     joined = {}

@@ -1,8 +1,8 @@
 """Packed sequences (THD) on kept tokens.
 
 Megatron lays the samples of a micro-batch end to end as one row of b * s tokens, and
-``PackedSeqParams`` says where in it documents begin. Kept tokens are drawn for each sample as
-always, then laid end to end in the same way; documents begin where their kept tokens do, and may
+``PackedSeqParams`` says where documents begin in it. Kept tokens are drawn for each sample as
+always, then laid end to end in the same way. A document begins where its kept tokens begin. It may
 have none.
 
 Shapes: t = b * s tokens of the row, k kept tokens of a sample, n documents, d rotary size.
@@ -18,8 +18,8 @@ from torch import Tensor
 def kept_packed_seq_params(packed: Any, positions: Tensor, length: int) -> Any:
     """Return the ``PackedSeqParams`` of the kept tokens.
 
-    The longest document's length stays what it was: it needs only be an upper bound. What only
-    Mamba layers read is left out: to make it Megatron waits for the GPU.
+    The longest document's length is not changed, because an upper bound is enough. The values that
+    only Mamba layers read are omitted, because Megatron waits for the GPU to make them.
 
     Args:
         packed: ``PackedSeqParams`` in the format "thd"; offsets are [n + 1] int32.
@@ -47,8 +47,8 @@ def kept_packed_seq_params(packed: Any, positions: Tensor, length: int) -> Any:
 def kept_packed_angles(angles: Tensor, packed: Any, positions: Tensor, length: int) -> Tensor:
     """Return the rotary angles of each kept token's position in its document, [b * k, 1, 1, d].
 
-    Megatron takes angles of as many rows as there are tokens as the tokens' own, others as those
-    of positions 0, 1, 2, ... that each document begins anew
+    If there are as many rows of angles as tokens, Megatron takes them as the tokens' own. Otherwise
+    it takes them as those of positions 0, 1, 2, ..., counted from the start of each document
     (``megatron/core/models/common/embeddings/rope_utils.py:_apply_rotary_pos_emb_thd``).
 
     Args:
@@ -70,10 +70,11 @@ def _kept_offsets(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the offsets of the kept tokens' documents and, if given, those with padding."""
     if padded is None or padded is offsets:
-        # Transformer Engine takes the very same tensor as the word that nothing is padded.
+        # If both are the same tensor, Transformer Engine knows that nothing is padded.
         kept = _kept_before(offsets, positions)
         return kept, None if padded is None else kept
-    # Padding follows each document: what begins at a padded offset ends where its tokens do.
+    # Padding follows each document: a document begins at its padded offset and ends with its
+    # tokens.
     begin = _kept_before(padded, positions)
     end = _kept_before(padded[:-1] + offsets.diff(), positions)
     lengths = (end - begin[:-1]).cumsum(0, dtype=torch.int32)

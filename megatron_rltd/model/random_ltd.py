@@ -1,4 +1,4 @@
-"""The runtime of random-LTD: which tokens each layer of a model keeps at this step.
+"""The runtime of random-LTD: it decides which tokens each layer of a model keeps at each step.
 
     random_ltd = RandomLTD(RandomLTDConfig(min_tokens=128, ramp_iters=10_000))
     random_ltd.attach(model)                              # a GPTModel, wrapped or not, or a list
@@ -7,9 +7,9 @@
         ...                                               # Megatron's forward-backward function
         random_ltd.end_step()
 
-`attach` replaces the forward of the model's transformer block and of its layers on these instances
-only; nothing is patched globally, no module is added and no parameter renamed. Evaluation mode and
-everything outside a step run at full length.
+`attach` replaces the forward of the model's transformer block and of its layers, on these instances
+only. Nothing is patched globally, no module is added and no parameter is renamed. Evaluation mode
+and everything outside a step run at full length.
 """
 
 import collections
@@ -22,14 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rltd.config import (
-    ConfigError,
-    ModelFacts,
-    RandomLTDConfig,
-    ResolvedConfig,
-    flag,
-    resolve,
-)
+from megatron_rltd.config import ConfigError, RandomLTDConfig, flag
 from megatron_rltd.model import routers
 from megatron_rltd.model.block import (
     LayerPlan,
@@ -43,6 +36,7 @@ from megatron_rltd.model.kept import Pass, draw_kept
 from megatron_rltd.model.layer import check_arguments, gather_angles, run_layer
 from megatron_rltd.patching import versions
 from megatron_rltd.refusals import find_refused_in_model
+from megatron_rltd.resolved_config import ModelFacts, ResolvedConfig, resolve
 from megatron_rltd.schedule import Step
 from megatron_rltd.tokens import kernels, ops
 from megatron_rltd.tokens.shards import cached_on_device
@@ -60,10 +54,10 @@ class RandomLTD:
         """Choose what implements the ops.
 
         Args:
-            resolved: What the config means for the model, if it is known before there is one.
+            resolved: What the config means for the model, if you know it before the model exists.
 
         Raises:
-            ConfigError: There is nothing of the kind that ``config.backend`` asks for.
+            ConfigError: The backend that ``config.backend`` asks for is not there.
         """
         self.config = config
         self.step: Step | None = None
@@ -101,8 +95,8 @@ class RandomLTD:
         Raises:
             ConfigError: The config does not fit the model, or the model uses something that
                 random-LTD refuses.
-            ModelError: There is no such model, or it is attached already.
-            VersionError: Megatron's version is not one that random-LTD was tested with.
+            ModelError: There is no such model, or it is already attached.
+            VersionError: random-LTD was not tested with this version of Megatron.
         """
         versions.check_versions(versions.find_problems())
         models = list(_language_models(model if isinstance(model, (list, tuple)) else [model]))
@@ -159,10 +153,10 @@ class RandomLTD:
         return self.step
 
     def begin_micro_batch(self, index: int) -> None:
-        """Say which micro-batch of the step, from 0, the next forward pass is of.
+        """Say which micro-batch of the step, from 0, the next forward pass processes.
 
-        Needed only for a loop that does not go through Megatron's pipeline schedules, and for
-        BERT: the schedules tell it to the layers of a GPTModel.
+        You need this only for BERT, and for a loop that does not use Megatron's pipeline schedules.
+        The schedules tell it to the layers of a GPTModel.
         """
         self._micro_batch = index
 
@@ -190,7 +184,7 @@ class RandomLTD:
 
     @contextlib.contextmanager
     def joining(self, count: int, micro_batch_size: int) -> Iterator[None]:
-        """Within it a forward pass is of `count` consecutive micro-batches of the step.
+        """Within it, a forward pass takes `count` consecutive micro-batches of the step.
 
         `begin_micro_batch` then counts passes. See `megatron_rltd.model.micro_batches`.
         """
@@ -201,7 +195,7 @@ class RandomLTD:
             self._joined = (1, 0)
 
     def _run_block(self, block: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Run a TransformerBlock with a plan of what its layers keep of this pass."""
+        """Run a TransformerBlock with a plan of what its layers keep in this pass."""
         if self.step is None or not (block.training and self.is_dropping):
             return original(*args, **kwargs)
         call = _signature(block.__class__).bind(block, *args, **kwargs)
@@ -213,8 +207,8 @@ class RandomLTD:
         config = block.config
         if not plan.recomputed:
             return original(*call.args[1:], **call.kwargs)
-        # Layers checkpoint themselves around the kept tokens, so the block must not do it around
-        # them. The config is the only place where it looks.
+        # Layers checkpoint themselves around the kept tokens, so the block must not checkpoint
+        # them. It reads only the config to decide that.
         granularity, config.recompute_granularity = config.recompute_granularity, None
         try:
             return original(*call.args[1:], **call.kwargs)
@@ -243,18 +237,18 @@ class RandomLTD:
         extracted = arguments.get("extract_layer_indices") or ()
         ends = plan_ends(block, set(dropped), extracted, grouped)
         plan = LayerPlan(packed, kept, ends, recomputed, self._library)
-        # Megatron recomputes groups with copies of the arguments, of which nothing is known here.
+        # Megatron recomputes groups with copies of the arguments, which cannot be recognised.
         if not grouped and plan_angles(rotary, kept, hidden_states, bool(recomputed)):
             plan.rotary = rotary
             plan.angles = gather_angles(rotary, kept, packed, self._library)
         return plan
 
     def _pass_index(self, block: Any) -> int:
-        """Return which pass of the step a block's forward is of."""
+        """Return the index, within the step, of the pass that a block's forward belongs to."""
         if self._micro_batch is not None:
             return self._micro_batch
-        # Megatron's schedules leave it on the layers, and take the micro-batches in order. What
-        # does not fit in is of an earlier step or an evaluation.
+        # Megatron's schedules leave the index on the layers and take the micro-batches in order.
+        # A value that does not fit comes from an earlier step or an evaluation.
         index = self._passes[id(block)]
         if len(block.layers) and getattr(block.layers[0], "current_microbatch", None) != index:
             raise RuntimeError(

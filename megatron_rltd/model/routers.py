@@ -1,8 +1,8 @@
 """Mixture-of-experts routers in passes of several micro-batches.
 
 A router balances the load of its experts over a micro-batch (or a sample, or all micro-batches so
-far), which is no sum over tokens. So in a pass of several micro-batches each gets its own auxiliary
-loss, with the weight that it has in a pass of its own.
+far). That loss is not a sum over tokens. So in a pass of several micro-batches, each micro-batch
+gets its own auxiliary loss, with the weight that it has in a pass of its own.
 
 Shapes: s tokens of a sample on this rank, b micro batch, n micro-batches of a pass, e experts.
 """
@@ -29,7 +29,7 @@ def routers_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def balance_each(router: Any, in_pass: Callable[[], tuple[int, int]]) -> None:
-    """Have a router compute its auxiliary losses for each micro-batch of a pass.
+    """Make a router compute its auxiliary losses for each micro-batch of a pass.
 
     Args:
         in_pass: Returns the number of micro-batches of the current pass, and b.
@@ -72,7 +72,7 @@ def _apply_each(
     for index in range(count):
         scores = part(scores_for_aux_loss, index)
         if scores.requires_grad:
-            # Megatron weighs a pass's loss as one of so many fewer micro-batches.
+            # Megatron gives the loss of a pass the weight of all its micro-batches.
             scores.register_hook(lambda grad: grad / count)
         probs = original(probs, scores, part(routing_map, index), *sizes, **kwargs)
     return probs
@@ -80,10 +80,10 @@ def _apply_each(
 
 @contextlib.contextmanager
 def logging_each(count: int) -> Iterator[None]:
-    """Log the routers' z-loss as of `count` micro-batches instead of one in each pass.
+    """Log the routers' z-loss as if each pass were `count` micro-batches, not one.
 
-    It is a mean over tokens, whose gradient is right as it is; but Megatron divides the sum of what
-    is logged by the micro-batches of the run.
+    The loss is a mean over tokens, and its gradient is already right. But Megatron divides the sum
+    of the logged values by the number of micro-batches of the run.
     """
     before = {name: values.clone() for name, values in auxiliary_losses().items()}
     yield

@@ -28,15 +28,15 @@ class Patch:
 
     Attributes:
         target: ``"package.module:attribute"`` or ``"package.module:Class.attribute"``.
-        wrapper: Called once with the original, returns the replacement.
+        wrapper: It is called once with the original and returns the replacement.
         reason: Why this symbol, in one sentence; printed in the table of patches.
         parameters: Names of the target's parameters that the wrapper relies on.
         copies: Packages in which modules may hold the original under the same name and keep it.
-            In any other module such a copy is an error, since it would bypass the patch. "" is
-            for all modules.
+            In any other module such a copy is an error, because it would bypass the patch. ""
+            allows all modules.
         create: The attribute need not exist; the wrapper then gets None, and `revert` deletes it.
         since, before: Releases of the target's package that the row is for, as (major, minor):
-            from `since` on, up to but without `before`. Default: all.
+            `since` is the first, `before` the first that is too new. Default: all.
     """
 
     target: str
@@ -81,7 +81,7 @@ class AppliedPatches:
         self._undo: list[Callable[[], None]] = []
 
     def on_revert(self, undo: Callable[[], None]) -> None:
-        """Have `revert` call `undo`, before what was registered earlier."""
+        """Make `revert` call `undo`, before functions that were registered earlier."""
         self._undo.append(undo)
 
     def revert(self) -> None:
@@ -107,7 +107,7 @@ def _replace(patch: Patch, applied: AppliedPatches) -> None:
 
     def undo() -> None:
         if vars(owner).get(name) is not replacement:
-            raise PatchError(f"{patch.target} was patched again since: revert the newer one first")
+            raise PatchError(f"{patch.target} was patched again later: revert that patch first")
         if owned:
             setattr(owner, name, original)
         else:
@@ -118,7 +118,7 @@ def _replace(patch: Patch, applied: AppliedPatches) -> None:
 
 
 def describe(patches: Iterable[Patch]) -> str:
-    """Return the table of patches as text: targets and why, those with one reason together."""
+    """Return the table of patches as text, with the targets that share a reason together."""
     targets: dict[str, list[str]] = {}
     for patch in patches:
         targets.setdefault(patch.reason, []).append(patch.target)
@@ -147,7 +147,7 @@ def hash_source(source: str) -> str:
 
 
 def find_problems(patch: Patch, tested: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return what is wrong with `patch` in this process, as sentences; empty if nothing is.
+    """Return what is wrong with `patch` in this process, as sentences; none if all is well.
 
     Args:
         tested: Target to the fingerprints it was tested with. A target that is absent from it is
@@ -159,7 +159,7 @@ def find_problems(patch: Patch, tested: Mapping[str, Iterable[str]]) -> list[str
         return [str(error)]
     problems = []
     if patch in _IN_FORCE:
-        return [f"{patch.target} is patched already"]
+        return [f"{patch.target} is already patched"]
     if patch.parameters:
         missing = set(patch.parameters) - set(inspect.signature(original).parameters)
         if missing:
@@ -167,7 +167,7 @@ def find_problems(patch: Patch, tested: Mapping[str, Iterable[str]]) -> list[str
     if patch.target in tested:
         found = fingerprint(original)
         if found not in tested[patch.target]:
-            problems.append(f"{patch.target} has source fingerprint {found}, never tested")
+            problems.append(f"{patch.target} has source fingerprint {found}, which is not tested")
     module_name = patch.target.partition(":")[0]
     if callable(original) and "." not in patch.target.partition(":")[2]:
         allowed = tuple(prefix and f"{prefix}." for prefix in (module_name, *patch.copies))
@@ -191,7 +191,7 @@ def apply(
         tested: See `find_problems`.
 
     Raises:
-        PatchError: Naming every patch that does not fit. Nothing has been applied then.
+        PatchError: It names every patch that does not fit. Nothing has been applied.
     """
     patches = tuple(patches)
     targets = [patch.target for patch in patches]

@@ -1,8 +1,8 @@
 """The Megatron versions that random-LTD was tested with, and what it relies on in them.
 
 `fingerprints.json` holds, for every Megatron function that random-LTD wraps or whose behaviour it
-relies on, the fingerprint of its source in each tested version. A function that is missing or has
-another source stops the run before anything is patched: its behaviour is unknown.
+relies on, the fingerprint of its source in each tested version. If a function is missing or has
+another source, its behaviour is unknown, and the run stops before anything is patched.
 ``tools/dev/fingerprints.py`` writes the file.
 """
 
@@ -22,11 +22,11 @@ ALLOW_UNTESTED = "MEGATRON_RLTD_ALLOW_UNTESTED"
 
 
 def _relied_on(target: str, since: tuple[int, ...] = (), before: tuple[int, ...] = ()) -> Patch:
-    # A row that changes nothing. Copies elsewhere are fine: these functions stay as they are.
+    # A row that changes nothing. Other modules may hold copies: these functions stay as they are.
     return Patch(target, lambda f: f, "", copies=("",), since=since, before=before)
 
 
-# Called, called by, or imitated, but not replaced.
+# We call these, they call us, or we imitate them. None of them is replaced.
 RELIED_ON: tuple[Patch, ...] = (
     _relied_on("megatron.core.transformer.transformer_block:TransformerBlock.forward"),
     _relied_on(
@@ -71,16 +71,16 @@ def check_installed() -> None:
             found = None
         if not found:
             raise VersionError(
-                f"{sys.executable} finds no {module}: pip install '{package}', run the script of a "
-                "Megatron-LM checkout, or use the environment that Megatron is installed in"
+                f"{sys.executable} finds no {module}: run pip install '{package}', run the script "
+                "of a Megatron-LM checkout, or use the environment where Megatron is installed"
             )
 
 
 def megatron_version() -> str:
     """Return the version of the megatron-core in this process, such as "0.19.2".
 
-    Megatron appends the commit of whatever git repository it lies in, a virtual environment in a
-    checkout of something else included ("0.19.2+20505b2"); that says nothing about its source.
+    Megatron appends the commit of the git repository around it ("0.19.2+20505b2"). That may be any
+    checkout that holds the virtual environment, so it says nothing about Megatron's source.
     """
     from megatron.core.package_info import __version__
 
@@ -115,14 +115,14 @@ def newest_of_each_minor() -> list[str]:
 
 
 def tested_fingerprints() -> dict[str, set[str]]:
-    """Return {symbol: fingerprints}, to compare sources with; empty if the user allowed any."""
+    """Return {symbol: fingerprints} to compare with; empty if the user allows untested sources."""
     if os.environ.get(ALLOW_UNTESTED):
         return {}
     return {symbol: set(hashes.values()) for symbol, hashes in known_fingerprints().items()}
 
 
 def find_problems(patches: tuple[Patch, ...] = ()) -> list[str]:
-    """Return what differs from the tested versions, in `RELIED_ON` and in what is to be patched."""
+    """Return what differs from the tested versions, in `RELIED_ON` and in `patches`."""
     tested = tested_fingerprints()
     checked = rows_for_release(RELIED_ON) + patches
     return [problem for row in checked for problem in mechanism.find_problems(row, tested)]
@@ -135,7 +135,7 @@ def check_versions(problems: list[str]) -> None:
         raise VersionError(
             f"megatron-core {megatron_version()} is not one that random-LTD was tested with "
             f"({', '.join(tested_versions())}):{lines}\n"
-            f"Install a tested version. {ALLOW_UNTESTED}=1 skips the comparison of sources."
+            f"Install a tested version, or set {ALLOW_UNTESTED}=1 to skip this comparison."
         )
 
 

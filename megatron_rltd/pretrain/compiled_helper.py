@@ -35,7 +35,7 @@ def can_be_made() -> bool:
 
 
 def load() -> None:
-    """Make the helper importable from the installed wheel if it is not, and there is one."""
+    """Make the helper importable from the installed wheel, if it is not importable already."""
     if is_importable():
         return
     folder = Path(sysconfig.get_paths()["purelib"], *_NAME.split(".")[:-1])
@@ -68,10 +68,10 @@ PATCHES: tuple[Patch, ...] = (
 def use(even_in_clone: bool) -> AppliedPatches:
     """Let Megatron's data sets use the compiled helper of the megatron-core wheel.
 
-    With or without random-LTD, where Megatron's own way to the helper cannot work.
+    This is done with and without random-LTD, if Megatron's own way to the helper cannot work.
 
     Args:
-        even_in_clone: Also in a clone of Megatron-LM, where Megatron would compile it.
+        even_in_clone: Do it also in a clone of Megatron-LM, where Megatron would compile it.
     """
     wanted = even_in_clone or not can_be_made()
     if wanted:

@@ -1,4 +1,4 @@
-"""The GPT that `pretrain_gpt` trains on Megatron before 0.19, which has the script build it."""
+"""The GPT of `pretrain_gpt` on Megatron before 0.19. There the script must build the model."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_rltd.config import ConfigError
 
-# Flags that have Megatron-LM's script build another model than the one below.
+# With these flags, Megatron-LM's script builds another model than the one below.
 OTHER_MODELS = (
     "--experimental-attention-variant",
     "--heterogeneous-layers-config-path",
@@ -43,7 +43,12 @@ def model_provider(
     args = get_args()
     asked = [flag for flag in OTHER_MODELS if getattr(args, flag[2:].replace("-", "_"), None)]
     if asked:
-        raise ConfigError([f"{flag}: use the pretrain_gpt.py of Megatron-LM" for flag in asked])
+        raise ConfigError(
+            [
+                f"{flag} does not work with this script: use the pretrain_gpt.py of Megatron-LM"
+                for flag in asked
+            ]
+        )
     config = config or core_transformer_config_from_args(args)
     use_te = config.transformer_impl == "transformer_engine"
     norms = {"normalization": config.normalization, "qk_l2_norm": config.qk_l2_norm}

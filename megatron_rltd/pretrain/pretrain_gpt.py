@@ -1,7 +1,7 @@
 """Pretrain a GPT with Megatron's own arguments, datasets, model builder and training loop.
 
-For people without a checkout of Megatron-LM, whose pretrain_gpt.py does the same and more. How
-Megatron wants to be called differs between its releases: see `main`.
+It is for people without a checkout of Megatron-LM, whose pretrain_gpt.py does the same and more.
+Megatron's releases differ in how to call them: see `main`.
 
     python -m megatron_rltd pretrain_gpt --num-layers 8 ... --data-path PREFIX
     torchrun --nproc-per-node 8 -m megatron_rltd pretrain_gpt ...
@@ -36,7 +36,7 @@ from megatron_rltd.config import ConfigError, RankConfigError
 from megatron_rltd.patching import versions
 
 RELEASE = versions.release()
-# Flags that have Megatron-LM's script read other data than this one.
+# With these flags, Megatron-LM's script reads other data than this one.
 OTHER_DATA = (
     "--sft",
     "--dataloader-inter-document-masking",
@@ -102,15 +102,20 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple:
 
 
 def check_data_path(args: Any) -> None:
-    """Check that there is data for every set that is asked for, of a kind that this script reads.
+    """Check that there is data for every set in use, of a kind that this script reads.
 
     Raises:
-        ConfigError: It is of another kind.
+        ConfigError: This script does not read data of that kind.
         RankConfigError: A file is missing on this rank's machine, or a set would be empty.
     """
     other = [flag for flag in OTHER_DATA if getattr(args, flag[2:].replace("-", "_"), None)]
     if other:
-        raise ConfigError([f"{flag}: use the pretrain_gpt.py of Megatron-LM" for flag in other])
+        raise ConfigError(
+            [
+                f"{flag} does not work with this script: use the pretrain_gpt.py of Megatron-LM"
+                for flag in other
+            ]
+        )
     if args.mock_data:
         return
     blend, per_split = get_blend_and_blend_per_split(args)
@@ -132,17 +137,17 @@ def check_data_path(args: Any) -> None:
 
 
 def empty_sets(split: str, prefix: str) -> list[str]:
-    """Return a sentence for each set that a split gives no document of a data set.
+    """Return a sentence for each set that gets no document of a data set.
 
-    Megatron would search such a set for samples for ever
+    Megatron would search such a set for samples forever
     (``megatron/core/datasets/blended_megatron_dataset_builder.py``).
     """
     documents = len(IndexedDataset(prefix))
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     sets = zip(("training", "validation", "test"), matrix, strict=True)
     return [
-        f"--split {split} leaves none of the {documents} documents of {prefix} for {name}: give it "
-        "a larger share, or 0 as in --split 90,10,0 or --split 100,0,0 --eval-iters 0"
+        f"--split {split} gives {name} none of the {documents} documents of {prefix}: use a larger "
+        "share, or 0 as in --split 90,10,0 or --split 100,0,0 --eval-iters 0"
         for name, share in sets
         if share and round(share[0] * documents) == round(share[1] * documents)
     ]
@@ -181,16 +186,16 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     ).build()
 
 
-# Megatron reads this: to be called on every rank.
+# Megatron reads this, and then calls the function on every rank.
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def main() -> None:
-    """Parse Megatron's arguments and train. Here is where Megatron's releases differ."""
+    """Parse Megatron's arguments and train. Megatron's releases differ here."""
     defaults = {"tokenizer_type": "GPT2BPETokenizer"}
     model_type = ModelType.encoder_or_decoder
     if RELEASE < (0, 18):
-        # pretrain parses and checks the arguments itself: ours are a look ahead.
+        # pretrain parses and checks the arguments itself. We parse them only for our own check.
         from megatron.training.arguments import parse_args
 
         from megatron_rltd.pretrain.model_provider import model_provider

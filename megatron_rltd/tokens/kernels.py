@@ -1,4 +1,4 @@
-"""The compiled kernels of ``csrc/``: load them if they are built here, say how if not.
+"""The compiled kernels of ``csrc/``: load them if they are built; otherwise say how to build them.
 
 `ops` works without them, in plain torch.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = "MEGATRON_RLTD_KERNELS"  # the environment's: a library to load instead, or empty for none
+LIBRARY = "MEGATRON_RLTD_KERNELS"  # environment variable: another library to load; empty: none
 BUILD = "MEGATRON_RLTD_CUDA=1 pip install --no-build-isolation --no-deps ."
 
 
@@ -20,7 +20,7 @@ def load() -> str | None:
     """Load the kernels once; return why there are none, or None."""
     library = _library()
     if library is None:
-        return f"not built; in a checkout of megatron_rltd: {BUILD}"
+        return f"not built; build them in a checkout of megatron_rltd: {BUILD}"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -31,7 +31,7 @@ def load() -> str | None:
 def missing_for(device_type: str) -> str | None:
     """Return why there are no kernels for "cpu" or "cuda", or None if there are.
 
-    They may be there without a GPU. No context on one is created.
+    They may be there without a GPU. This creates no CUDA context.
     """
     missing = load()
     if missing is None and not torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -52,7 +52,7 @@ def _library() -> str | None:
 
 
 def _missing_in_library() -> str | None:
-    """Return what a library that is built for CUDA misses in this torch, in its own words."""
+    """Return what a library built for CUDA says it misses in this torch."""
     missing = getattr(ctypes.CDLL(_library()), "megatron_rltd_without_cuda", None)
     if missing is None:
         return None
@@ -61,10 +61,10 @@ def _missing_in_library() -> str | None:
 
 
 def warn_if_missing(device_type: str) -> None:
-    """Log, on one rank, how to build the kernels if a model on a GPU has to do without."""
+    """Log, on one rank, how to build the kernels if a model on a GPU has none."""
     from megatron.core.utils import log_single_rank
 
     missing = missing_for(device_type) if device_type == "cuda" else None
     if missing:
-        text = f"random-LTD: tokens move in plain torch, for the kernels are {missing}"
+        text = f"random-LTD: tokens move in plain torch, because the kernels are {missing}"
         log_single_rank(logging.getLogger(__name__), logging.WARNING, text)

@@ -5,9 +5,9 @@ Private to the rows that neighbouring dropped layers borrow (`model.block`): `sp
 `exchange_tokens` and `merge_tokens`, which move rows through one private buffer in place. They rely
 on the buffer having no other reader, in forward and in backward; do not use them elsewhere.
 
-`reference` implements the ops for every device. The compiled `kernels`, where they are built, do
-for theirs under the same op names. Which of the two runs is the caller's choice, as an argument
-`library`: what `find_library` returns for a backend.
+`reference` implements the ops for every device. The compiled `kernels`, if they are built,
+implement them for their devices under the same op names. The caller chooses with the argument
+`library`, which `find_library` returns for a backend.
 
 Shapes: s sequence length on this rank, b micro batch, h hidden size, k kept tokens on this rank.
 Hidden states [s, b, h], any dtype; indices [b, k] int32, distinct and ascending in each row.
@@ -42,9 +42,9 @@ kernels.load()
 
 
 def find_library(backend: str) -> Any:
-    """Return what implements the ops: the fastest there is for "auto", `reference` for "torch".
+    """Return what implements the ops: the fastest one for "auto", `reference` for "torch".
 
-    "cuda" is "auto", but refuses to do without the kernels for a GPU.
+    "cuda" is like "auto", but it is an error if there are no kernels for a GPU.
 
     Raises:
         ValueError: Not one of `BACKENDS`, or not there.
@@ -146,7 +146,7 @@ def _check(hidden_states: Tensor, indices: Tensor, tokens: Tensor | None = None)
 
 
 class _Gather(torch.autograd.Function):
-    """`reference.gather`, where the library's op would run the kernels."""
+    """`reference.gather`, for devices on which the library's op would run the kernels."""
 
     @staticmethod
     def forward(ctx, hidden_states, indices):

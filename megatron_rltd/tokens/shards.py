@@ -1,8 +1,9 @@
 """Which rows of a sequence a rank holds under sequence and context parallelism.
 
-A stratum is one of S equal contiguous slices of the sequence. With S a multiple of
-`config.fewest_strata` every rank's rows are whole strata, so that it keeps exactly its share of the
-kept tokens without asking anyone. Every mapping from positions to a rank's rows is here.
+A stratum is one of S equal contiguous slices of the sequence. If S is a multiple of
+`resolved_config.fewest_strata`, the rows of every rank are whole strata. Each rank then keeps
+exactly its share of the kept tokens without communication. Every mapping from positions to a rank's rows is
+here.
 
 Layouts (Megatron-core):
     context parallel   rank r of c holds chunks r and 2c-1-r of 2c equal chunks, in this order
@@ -27,10 +28,10 @@ OnDevice = Callable[[tuple[int, ...], torch.device, torch.dtype], Tensor]
 def cached_on_device(distinct: int = 256) -> OnDevice:
     """Return a function that copies numbers to a device once.
 
-    The copy to a GPU waits for all it has to do.
+    A copy to a GPU waits until the GPU has done all its work.
 
     Args:
-        distinct: How many tuples of numbers are remembered, at most.
+        distinct: The largest number of tuples to remember.
     """
 
     @functools.lru_cache(maxsize=distinct)
@@ -64,7 +65,7 @@ def sequence_parallel_strata(strata: list[int], rank: int, size: int) -> list[in
 def rows_of_strata(
     positions: Tensor, held: list[int], seq_length: int, strata: int, on_device: OnDevice
 ) -> Tensor:
-    """Return where the kept positions that lie in some strata are if only those are held, in order.
+    """Return the rows of the kept positions in some strata if a rank holds only those, in order.
 
     Args:
         positions: [l, b, k] int32, the same number in each of `strata` strata.

@@ -1,27 +1,19 @@
-"""Megatron's command line: our flags on its parser, and what its validated arguments ask for."""
+"""Megatron's command line: add our flags to its parser, and read its validated arguments."""
 
 import argparse
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from megatron_rltd.config import (
-    FIELDS,
-    FLAG_PREFIX,
-    ConfigError,
-    ModelFacts,
-    RandomLTDConfig,
-    ResolvedConfig,
-    flag,
-    resolve,
-)
+from megatron_rltd.config import FIELDS, FLAG_PREFIX, ConfigError, RandomLTDConfig, flag
 from megatron_rltd.refusals import find_refused
+from megatron_rltd.resolved_config import ModelFacts, ResolvedConfig, resolve
 
 
 def whole_number(text: str) -> int:
     """Return the integer of a text such as 300000000000 or 300e9.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a whole number.
     """
     try:
         number = Decimal(text)
@@ -33,9 +25,9 @@ def whole_number(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add ``--random-ltd`` and a flag for each field; harmless if they are there already.
+    """Add ``--random-ltd`` and a flag for each field; do nothing if they are already there.
 
-    Usable as Megatron's ``extra_args_provider``.
+    You can use it as Megatron's ``extra_args_provider``.
     """
     from megatron.training.argument_utils import ArgumentGroupFactory
 
@@ -61,17 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--layer-token-lr",
         action="store_true",
-        help="Let warm-up, decay and weight-decay increments advance by LayerTokens, the tokens "
-        "summed over the layers that processed them, instead of samples. In --lr-warmup-samples "
-        "and its like a sample then stands for as many LayerTokens as a sample of which nothing "
-        "is dropped; decay defaults to the LayerTokens of the run.",
+        help="Let warm-up, decay and weight-decay increments advance by LayerTokens instead of "
+        "samples. LayerTokens are the tokens that each layer processed, summed over layers. In "
+        "--lr-warmup-samples and similar flags, a sample then stands for the LayerTokens of a "
+        "sample that drops nothing. By default the decay takes the LayerTokens of the run.",
     )
     group.add_argument(
         "--train-layer-tokens",
         type=whole_number,
         metavar="N",
-        help="Train until each layer has processed N tokens on average, N LayerTokens per layer: "
-        "the paper's unit for the length of a run. Instead of --train-iters or --train-samples.",
+        help="Train until each layer has processed N tokens on average (N LayerTokens per layer). "
+        "The paper gives the length of a run in this unit. Use it instead of --train-iters or "
+        "--train-samples.",
     )
     return parser
 
@@ -82,7 +75,7 @@ def config_from_args(args: Any) -> RandomLTDConfig:
 
 
 def facts_from_args(args: Any) -> ModelFacts:
-    """Return what Megatron's validated arguments say of the model and its layout."""
+    """Return what Megatron's validated arguments say about the model and its layout."""
     return ModelFacts.of(
         args,
         seq_length=args.seq_length,
@@ -95,7 +88,7 @@ def resolve_args(args: Any) -> ResolvedConfig:
     """Return what a run with Megatron's validated arguments needs.
 
     Raises:
-        ConfigError: Naming every unsupported feature and every wrong option.
+        ConfigError: It names every unsupported feature and every wrong option.
     """
     problems = find_refused(args)
     try:
@@ -108,22 +101,25 @@ def resolve_args(args: Any) -> ResolvedConfig:
 
 
 def refuse_without_random_ltd(args: Any) -> None:
-    """Refuse our flags where ``--random-ltd`` is absent, for they would do nothing.
+    """Refuse our flags if ``--random-ltd`` is absent, because they would do nothing.
 
     Raises:
-        ConfigError: Naming them.
+        ConfigError: It names the flags.
     """
     changed = [
         flag(n) for n in FIELDS if getattr(args, FLAG_PREFIX + n) != getattr(RandomLTDConfig, n)
     ]
     if args.layer_token_lr:
         changed.append("--layer-token-lr")
-    problems = [f"{name} does nothing without --random-ltd: add it" for name in changed]
+    problems = [
+        f"{name} does nothing without --random-ltd: add --random-ltd or omit {name}"
+        for name in changed
+    ]
     if args.train_layer_tokens is not None:
         samples = -(-args.train_layer_tokens // args.seq_length)
         problems.append(
-            f"--train-layer-tokens {args.train_layer_tokens} needs --random-ltd: a dense run of as "
-            f"many LayerTokens takes --train-samples {samples}"
+            f"--train-layer-tokens {args.train_layer_tokens} needs --random-ltd: add --random-ltd, "
+            f"or use --train-samples {samples} for a dense run of as many LayerTokens"
         )
     if problems:
         raise ConfigError(problems)

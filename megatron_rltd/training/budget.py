@@ -1,17 +1,18 @@
 """How long a run is: LayerToken budgets in Megatron's iterations and samples.
 
-``--train-layer-tokens N`` ends a run when N LayerTokens per layer are consumed. What that takes in
-iterations and samples follows from the schedule and is put into Megatron's own arguments before it
-sizes data sets by them. What Megatron would derive of the learning rate from the samples of a run
-is derived here from what its schedule will have advanced by.
+``--train-layer-tokens N`` ends a run when it has consumed N LayerTokens per layer. The schedule
+says how many iterations and samples that takes. They are put into Megatron's own arguments before
+Megatron sizes data sets by them. Megatron derives settings of the learning rate from the samples of
+a run; here they follow from how far its schedule will have advanced.
 """
 
 import inspect
 from fractions import Fraction
 from typing import Any
 
-from megatron_rltd.config import ConfigError, ResolvedConfig, to_flag
+from megatron_rltd.config import ConfigError, to_flag
 from megatron_rltd.patching import versions
+from megatron_rltd.resolved_config import ResolvedConfig
 from megatron_rltd.schedule import BatchSize, Progress
 
 _UNITS = {
@@ -23,7 +24,7 @@ _UNITS = {
 def set_length(args: Any, resolved: ResolvedConfig) -> None:
     """Set the iterations or samples that ``--train-layer-tokens`` takes.
 
-    Iterations if the learning rate or the length is given in them, else samples.
+    It sets iterations if the learning rate or the length is given in iterations, otherwise samples.
 
     Args:
         args: Megatron's validated arguments.
@@ -46,13 +47,13 @@ def follows_layer_tokens(args: Any) -> bool:
 
 
 def check_units(args: Any) -> None:
-    """Check how the length of a run and its learning rate are given, before Megatron does.
+    """Check the units of a run's length and of its learning rate, before Megatron does.
 
     Args:
         args: Megatron's parsed arguments.
 
     Raises:
-        ConfigError: In units that do not go together.
+        ConfigError: The units do not fit together.
     """
     problems = _unit_problems(args) if follows_layer_tokens(args) else []
     if problems:
@@ -75,27 +76,27 @@ def _unit_problems(args: Any) -> list[str]:
                 f"omit {to_flag(length)}, because --train-layer-tokens sets the length of the run"
             )
         else:
-            both += "give all in one unit"
+            both += "give all of them in one unit"
         problems.append(both)
     ramp_up_is_ignored = versions.release() >= (0, 18)
     grows = args.step_batch_size_schedule if ramp_up_is_ignored else args.rampup_batch_size
     if iterations and grows:
         problems.append(
-            f"{to_flag(iterations[0])} is no number of samples while the batch grows: give lengths "
-            "in samples (--train-samples, --lr-warmup-samples, ...)"
+            f"{to_flag(iterations[0])} counts iterations, but the batch grows: give lengths in "
+            "samples (--train-samples, --lr-warmup-samples, ...)"
         )
     if ramp_up_is_ignored and getattr(args, "rampup_batch_size", None):
         problems.append(
-            "--rampup-batch-size is ignored by this Megatron: say the same with "
-            "--step-batch-size-schedule, which takes the place of --global-batch-size"
+            "this Megatron ignores --rampup-batch-size: use --step-batch-size-schedule, which "
+            "replaces --global-batch-size"
         )
     for name in ("lr_warmup_iters", "lr_warmup_samples"):
         if args.lr_warmup_fraction is not None and getattr(args, name):
             problems.append(f"give one of --lr-warmup-fraction and {to_flag(name)}, not both")
     if budget is not None and getattr(args, "iterations_to_skip", None):
         problems.append(
-            "--iterations-to-skip makes a run shorter than --train-layer-tokens: give its length "
-            "as --train-iters or --train-samples"
+            "--iterations-to-skip makes a run shorter than --train-layer-tokens: use --train-iters "
+            "or --train-samples for the length of the run"
         )
     return problems
 
@@ -117,7 +118,7 @@ def _set_budget(args: Any, resolved: ResolvedConfig) -> list[str]:
 
 
 def _learning_rate_problems(args: Any, resolved: ResolvedConfig) -> list[str]:
-    """Return what Megatron would assert of the learning rate's lengths, or not notice."""
+    """Return problems of the learning rate's lengths that Megatron asserts on, or overlooks."""
     unit = "samples" if args.train_samples else "iters"
     size = 1 if args.train_samples else args.global_batch_size
     given = getattr(args, f"lr_decay_{unit}")
@@ -127,15 +128,15 @@ def _learning_rate_problems(args: Any, resolved: ResolvedConfig) -> list[str]:
         length = (getattr(args, name, None) or 0) * size
         if length > decay or (length == decay and "warmup" in name and length):
             problems.append(
-                f"{to_flag(name)} {length // size} is {length} samples, too long for a learning "
-                f"rate that decays over {float(decay):.10g} samples: under --layer-token-lr these "
-                "are samples' worth of LayerTokens, by default those of the run"
+                f"{to_flag(name)} {length // size} is {length} samples, but the learning rate "
+                f"decays over {float(decay):.10g} samples: give less. Under --layer-token-lr a "
+                "sample stands for its LayerTokens, and the decay defaults to those of the run"
             )
     return problems
 
 
 def end_of_budget(args: Any, resolved: ResolvedConfig, start: Progress) -> Progress:
-    """Return where a run that is at `start` stands when ``--train-layer-tokens`` are consumed."""
+    """Return where a run that starts at `start` has consumed ``--train-layer-tokens``."""
     tokens = args.train_layer_tokens * resolved.model.num_layers
     return resolved.layer_tokens.until(
         lambda progress: progress.layer_tokens >= tokens, batch_size(args), start
@@ -155,20 +156,20 @@ def after_iterations(
 
 
 def _remaining(args: Any, resolved: ResolvedConfig, start: Progress) -> Fraction:
-    """Return by how much the learning rate's schedule advances until the end of the run.
+    """Return how far the learning rate's schedule advances until the end of the run.
 
-    In samples or, under ``--layer-token-lr``, what LayerTokens are worth in samples of which
-    nothing is dropped.
+    The unit is samples. Under ``--layer-token-lr`` it is LayerTokens, in units of a sample that
+    drops nothing.
     """
     counted = resolved.layer_tokens
     if args.train_layer_tokens is not None:
         if args.layer_token_lr:
-            # Not the few more of the last step: those would differ with the batch size.
+            # Without the few extra tokens of the last step: they depend on the batch size.
             tokens = args.train_layer_tokens * resolved.model.num_layers - start.layer_tokens
             return Fraction(max(0, tokens), counted.dense)
         return Fraction(end_of_budget(args, resolved, start).samples - start.samples)
     if args.train_samples and not start.iteration:
-        # Megatron has the learning rate run over all of them, an incomplete last batch included.
+        # Megatron's learning rate runs over all samples, including an incomplete last batch.
         end = counted.until(lambda p: p.samples >= args.train_samples, batch_size(args))
         return Fraction(end.layer_tokens * args.train_samples, end.samples * counted.dense)
     end = after_iterations(args, resolved, args.train_iters, start)
@@ -184,12 +185,12 @@ def scheduler_settings(
 ) -> dict[str, int | float]:
     """Return the settings of Megatron's scheduler that follow from the length of the run.
 
-    With another batch size they would be others.
+    They depend on the batch size.
 
     Args:
         is_decay_given: Whether a flag says how long the learning rate decays.
         start: Where the run stands.
-        advanced: By how much the schedule has advanced until then, in samples.
+        advanced: How far the schedule has advanced by then, in samples.
     """
     length = advanced + _remaining(args, resolved, start)
     whole = int(length) if length.denominator == 1 else float(length)
@@ -204,8 +205,8 @@ def scheduler_settings(
 def batch_size(args: Any) -> BatchSize:
     """Return the global batch size that Megatron will use, by the samples consumed.
 
-    Of its own calculator, which also knows ``--step-batch-size-schedule`` (until 0.17
-    ``--rampup-batch-size``) and ``--decrease-batch-size-if-needed``.
+    It comes from Megatron's own calculator, which also handles ``--step-batch-size-schedule``
+    (until 0.17 ``--rampup-batch-size``) and ``--decrease-batch-size-if-needed``.
     """
     from megatron.core.num_microbatches_calculator import _build_num_microbatches_calculator
 
@@ -221,9 +222,9 @@ def batch_size(args: Any) -> BatchSize:
         if size <= 0:
             raise ConfigError(
                 [
-                    f"the global batch of a step is less than --micro-batch-size "
+                    f"the global batch of a step is smaller than --micro-batch-size "
                     f"{args.micro_batch_size} on each of {args.data_parallel_size} data-parallel "
-                    "ranks"
+                    "ranks: use a larger batch or a smaller --micro-batch-size"
                 ]
             )
         return size

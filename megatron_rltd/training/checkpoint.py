@@ -1,7 +1,7 @@
-"""What a checkpoint says of a run, and whether a command line continues that run.
+"""What a checkpoint says about a run, and whether a command line continues that run.
 
-All of it stands on Megatron's ``args``, which every checkpoint holds whole: the options, and the
-LayerTokens consumed as plain integers.
+All of it is stored on Megatron's ``args``, and every checkpoint holds all of them: the options, and
+the LayerTokens consumed as plain integers.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ _SCHEDULER = "random_ltd_scheduler_settings"
 
 
 def consumed(args: Any, otherwise: int = 0) -> tuple[int, int]:
-    """Return the LayerTokens consumed, and what they were if nothing had been dropped.
+    """Return the LayerTokens consumed, and how many they would be if nothing had been dropped.
 
     Args:
         args: Megatron's arguments, of this run or of a checkpoint.
-        otherwise: What they are if the arguments do not say.
+        otherwise: The value of both if the arguments do not hold them.
     """
     return getattr(args, _LAYER_TOKENS, otherwise), getattr(args, _DENSE, otherwise)
 
@@ -34,9 +34,9 @@ def set_consumed(args: Any, layer_tokens: int, dense: int) -> None:
 def continued_config(asked: RandomLTDConfig, checkpoint_args: Any, args: Any) -> RandomLTDConfig:
     """Return the config to continue a random-LTD checkpoint with.
 
-    Megatron's convention for the learning rate decides disagreements: with
-    ``--override-opt-param-scheduler`` the command line wins, with
-    ``--use-checkpoint-opt-param-scheduler`` the checkpoint, without either they are an error.
+    Disagreements are settled as Megatron does for the learning rate. With
+    ``--override-opt-param-scheduler`` the command line wins. With
+    ``--use-checkpoint-opt-param-scheduler`` the checkpoint wins. Without either it is an error.
 
     Raises:
         ConfigError: The checkpoint was trained with other options.
@@ -45,7 +45,7 @@ def continued_config(asked: RandomLTDConfig, checkpoint_args: Any, args: Any) ->
 
     saved = config_from_args(checkpoint_args)
     ours, theirs = (options_in_force(config, args.num_layers) for config in (asked, saved))
-    # Left open on the command line: the checkpoint's value is the one to continue with.
+    # If the command line leaves these open, the run continues with the checkpoint's values.
     left_open = [name for name, value in (("strata", 0), ("seed", None)) if ours[name] == value]
     differing = [n for n in FIELDS if n not in left_open and ours.get(n) != theirs.get(n)]
     listed = ", ".join(
@@ -58,9 +58,9 @@ def continued_config(asked: RandomLTDConfig, checkpoint_args: Any, args: Any) ->
     elif differing and not args.use_checkpoint_opt_param_scheduler:
         raise ConfigError(
             [
-                f"the checkpoint was trained with other options: {listed}; give the checkpoint's, "
-                "or add --override-opt-param-scheduler to use the command line's or "
-                "--use-checkpoint-opt-param-scheduler to use the checkpoint's"
+                f"the checkpoint was trained with other options: {listed}; give the same ones, or "
+                "add --override-opt-param-scheduler to use those of the command line, or "
+                "--use-checkpoint-opt-param-scheduler to use those of the checkpoint"
             ]
         )
     taken = {name: getattr(saved, name) for name in left_open}
@@ -72,8 +72,8 @@ def check_learning_rate(checkpoint_args: Any, args: Any) -> None:
     """Check that the learning rate and the length of the run are the checkpoint's.
 
     Raises:
-        ConfigError: It followed LayerTokens and now samples, or the other way round, or has another
-            budget.
+        ConfigError: The learning rate followed LayerTokens and now follows samples, or the reverse,
+            or the budget is another one.
     """
     # In a dense checkpoint LayerTokens and samples count the same.
     if not getattr(checkpoint_args, "random_ltd", False) or args.override_opt_param_scheduler:
@@ -89,23 +89,24 @@ def check_learning_rate(checkpoint_args: Any, args: Any) -> None:
     budgets = [getattr(a, "train_layer_tokens", None) for a in (checkpoint_args, args)]
     if None not in budgets and budgets[0] != budgets[1]:
         problems.append(
-            f"the checkpoint is of a run of --train-layer-tokens {budgets[0]}, not {budgets[1]}: "
-            "add --override-opt-param-scheduler to change its length, and the learning rate's"
+            f"the checkpoint was trained with --train-layer-tokens {budgets[0]}, not {budgets[1]}: "
+            "give the same, or add --override-opt-param-scheduler to change the length of the run "
+            "and of its learning rate"
         )
     if problems and not args.use_checkpoint_opt_param_scheduler:
         raise ConfigError(problems)
 
 
 def set_scheduler_settings(args: Any, settings: dict[str, int | float]) -> None:
-    """Set what a checkpoint is to say of the settings that follow from the length of the run."""
+    """Store the settings that follow from the length of the run, for the next checkpoint."""
     setattr(args, _SCHEDULER, settings)
 
 
 def scheduler_settings(checkpoint_args: Any, args: Any) -> dict[str, int | float] | None:
-    """Return the settings of Megatron's scheduler that a run goes on with, or None for its own.
+    """Return the checkpoint's scheduler settings if the run continues with them, or None.
 
-    The checkpoint's if it is of a run of the same length and learning rate. Its batch size may have
-    been another, from which other settings would follow.
+    It does if the checkpoint's run has the same length and learning rate. The batch size may have
+    changed, and new settings would depend on it.
     """
     if args.override_opt_param_scheduler:
         return None

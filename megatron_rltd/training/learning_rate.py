@@ -1,10 +1,10 @@
 """A learning rate that follows LayerTokens (arXiv 2211.11586) instead of samples.
 
-Dropping tokens shrinks what the middle layers see of a batch, so that a schedule over samples warms
-up and decays too early for them. This one advances by LayerTokens, in units of a sample of which
-nothing is dropped: n samples of which dropped layers keep k of s tokens advance it by
-n * (s * (L - n_d) + k * n_d) / (s * L). It is Megatron's own schedule otherwise, all styles of
-warm-up, decay and weight decay included, and equals it bit for bit as long as nothing is dropped.
+If tokens are dropped, the middle layers see less of each batch, and a schedule over samples warms
+up and decays too early for them. This schedule advances by LayerTokens, in units of a sample that
+drops nothing: n samples, if dropped layers keep k of their s tokens, advance it by
+n * (s * (L - n_d) + k * n_d) / (s * L). Otherwise it is Megatron's own schedule, with all styles of
+warm-up, decay and weight decay. It equals Megatron's bit for bit as long as nothing is dropped.
 
 In a loop of your own:
 
@@ -27,12 +27,13 @@ LAYER_TOKENS = "layer_tokens"
 class LayerTokenScheduler:
     """Megatron's ``OptimizerParamScheduler``, advanced by LayerTokens.
 
-    Not a subclass: that class calls its own ``step`` to construct itself and to load its state.
+    It is not a subclass, because that class calls its own ``step`` to construct itself and to load
+    its state.
 
     Attributes:
-        random_ltd: Whose steps count.
-        layer_tokens: By how many LayerTokens the schedule has advanced, an exact integer. Less than
-            the run consumed if the optimizer skipped steps, as in Megatron.
+        random_ltd: The runtime whose steps count.
+        layer_tokens: LayerTokens that the schedule has advanced by, an exact integer. As in
+            Megatron, it is less than the run consumed if the optimizer skipped steps.
     """
 
     def __init__(self, scheduler: Any, random_ltd: RandomLTD):
@@ -55,15 +56,17 @@ class LayerTokenScheduler:
         """Advance by `increment` samples of a step and set the learning rates.
 
         Args:
-            step: That they were trained in; default: the one that has begun and not ended, in
-                which Megatron's loop calls this.
+            step: The step that trained on them. Default: the step that has begun and not ended;
+                Megatron's loop calls this within it.
         """
         step = step or self.random_ltd.step
         if increment and step is None:
-            raise RuntimeError("random-LTD: say which step the samples are of: step(n, end_step())")
+            raise RuntimeError(
+                "random-LTD: pass the step that the samples belong to: step(n, end_step())"
+            )
         if step is not None:
             self.layer_tokens += increment * step.layer_tokens_per_sample
-        # Divided anew from the exact sum each time, so that no rounding adds up.
+        # Divide the exact sum each time, so that rounding errors do not add up.
         dense = self.random_ltd.resolved.layer_tokens.dense
         self._scheduler.num_steps = _quotient(self.layer_tokens, dense)
         self._scheduler.step(0)
@@ -79,16 +82,16 @@ class LayerTokenScheduler:
         """Load a state of this class or, counted at full length, of plain Megatron.
 
         Raises:
-            ConfigError: Its settings are not the scheduler's, and neither is to win.
+            ConfigError: Its settings differ from the scheduler's, and no flag says which ones win.
         """
         try:
             self._scheduler.load_state_dict(state_dict)
         except AssertionError as error:
             raise ConfigError(
                 [
-                    f"{error}; add --override-opt-param-scheduler to go on with the command line's "
-                    "learning rate, which by default ends with the run, or "
-                    "--use-checkpoint-opt-param-scheduler to go on with the checkpoint's"
+                    f"{error}; add --override-opt-param-scheduler to continue with the learning "
+                    "rate of the command line, which by default ends with the run, or "
+                    "--use-checkpoint-opt-param-scheduler to continue with the checkpoint's"
                 ]
             ) from error
         steps, dense = self._scheduler.num_steps, self.random_ltd.resolved.layer_tokens.dense
@@ -99,6 +102,6 @@ class LayerTokenScheduler:
 
 
 def _quotient(dividend: int, divisor: int) -> int | float:
-    """Return the quotient, as an integer like Megatron's where it is one."""
+    """Return the quotient, as an integer like Megatron's if it is a whole number."""
     whole, rest = divmod(dividend, divisor)
     return dividend / divisor if rest else whole

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_rltd.config import ResolvedConfig
+from megatron_rltd.resolved_config import ResolvedConfig
 from megatron_rltd.training import tags
 
 _ADVANCED, _SKIPPED = "advanced iterations", "skipped iterations"  # in Megatron's sums
@@ -27,14 +27,14 @@ def add_value(losses: dict[str, torch.Tensor], name: str, value: float) -> None:
 def add_to_log_line(
     total_losses: dict[str, Any], skipped: int, layer_tokens: int, share: float
 ) -> None:
-    """Have Megatron print values as they are, beside means, in its next log line.
+    """Make Megatron print these values as they are, next to its means, in its next log line.
 
     Args:
-        total_losses: Megatron's sums since the last line, which it will divide by the number of
-            steps not skipped.
-        skipped: Whether the step that it is about to add was.
-        layer_tokens: Consumed by the run.
-        share: That number in what a dense run had consumed.
+        total_losses: Megatron's sums since the last line. Megatron will divide them by the number
+            of steps that were not skipped.
+        skipped: Whether the step that Megatron is about to add was skipped.
+        layer_tokens: LayerTokens consumed by the run.
+        share: The same as a share of what a dense run would have consumed.
     """
     steps = max(1, total_losses.get(_ADVANCED, 0) + (not skipped))
     for name, value in ((tags.LAYER_TOKENS, layer_tokens), (tags.SHARE_OF_DENSE, share)):
@@ -48,10 +48,10 @@ def write_scalars(
     layer_tokens: int,
     share: float,
 ) -> None:
-    """Write to TensorBoard and W&B where Megatron has writers open, in its style of tags.
+    """Write to TensorBoard and W&B if Megatron has writers open, with tags in its style.
 
-    LayerTokens are the third axis beside Megatron's steps and samples. W&B has one axis only, so
-    that it gets them as a value, as Megatron does with samples.
+    LayerTokens are a third axis next to Megatron's steps and samples. W&B has only one axis, so it
+    gets them as a value, as Megatron does with samples.
     """
     from megatron.training import get_args, get_tensorboard_writer
     from megatron.training.global_vars import get_wandb_writer
@@ -70,7 +70,7 @@ def write_scalars(
 
 
 def steps_since_log(total_losses: dict[str, Any]) -> int:
-    """Return how many steps a log line is about, that which Megatron is about to add included.
+    """Return how many steps a log line covers, with the one that Megatron is about to add.
 
     Args:
         total_losses: Megatron's sums since the last line.
@@ -87,18 +87,18 @@ def floating_point_operations(
     seqlen_squared_sum_in_batch: float | None = None,
     total_real_tokens_in_batch: float | None = None,
 ) -> float:
-    """Return the floating-point operations of a global batch of which layers drop tokens.
+    """Return the floating-point operations of a global batch if layers drop tokens.
 
-    Megatron's own count, less each dropped layer at full length, plus the same layer on `kept`
-    tokens. What Megatron counts for one layer is the difference between two layers and one. Exactly
-    Megatron's count if nothing is dropped.
+    It is Megatron's own count, less each dropped layer at full length, plus the same layer on
+    `kept` tokens. Megatron's count for one layer is the difference between two layers and one. If
+    nothing is dropped, the result is exactly Megatron's count.
 
     Args:
         original: ``megatron.training.training.num_floating_point_operations``.
         args: Megatron's arguments.
         batch_size: Samples.
         seqlen_squared_sum_in_batch, total_real_tokens_in_batch: What Megatron gives for packed
-            sequences: sums over documents. Of a document's tokens, k / s are taken to be kept.
+            sequences: sums over documents. A share k / s of each document is assumed to be kept.
     """
     packed = [seqlen_squared_sum_in_batch, total_real_tokens_in_batch]
     if packed == [None, None]:

@@ -20,7 +20,7 @@ def _through(method: Callable) -> Callable[[Any], Any]:
     """Return a wrapper whose replacement calls ``method(original, ...)``."""
 
     def wrap(original: Any) -> Any:
-        # What is None, a function of a package that is not installed, stays so.
+        # A function of a package that is not installed is None, and stays None.
         return original and functools.wraps(original)(functools.partial(method, original))
 
     return wrap

@@ -1,8 +1,8 @@
 """Reach a run's peak memory at its start: ``--random-ltd-preflight``.
 
-Memory grows with the kept length, so that a run could fail for lack of it after days. The preflight
-runs the forward and backward pass of one step at the largest kept lengths and forgets it: no
-update, no sample used up, no statistics changed.
+Memory grows with the kept length, so a run could fail after days because memory runs out. The
+preflight runs the forward and backward passes of a step at the largest kept lengths and forgets
+them: it makes no update, uses up no sample and changes no statistics.
 """
 
 import contextlib
@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from megatron_rltd.config import ResolvedConfig
 from megatron_rltd.model.random_ltd import RandomLTD
 from megatron_rltd.model.routers import auxiliary_losses
+from megatron_rltd.resolved_config import ResolvedConfig
 
 
 class Preflight:
     """A preflight that is due."""
 
     def add(self, arguments: dict[str, Any], random_ltd: RandomLTD) -> None:
-        """Have a training step run it before its own passes.
+        """Make a training step run the preflight before its own passes.
 
         Args:
-            arguments: Of ``megatron.training.training.train_step``; changed.
-            random_ltd: Which the step will begin.
+            arguments: Those of ``megatron.training.training.train_step``; they are changed.
+            random_ltd: The runtime that begins the step.
         """
         forward_backward_func = arguments["forward_backward_func"]
         optimizer, config = arguments["optimizer"], arguments["config"]
@@ -44,11 +44,12 @@ class Preflight:
 
 
 def largest_steps(resolved: ResolvedConfig, num_micro_batches: int) -> list[tuple[int, int]]:
-    """Return (kept tokens, position of the schedule) of the steps that may take most memory.
+    """Return (kept tokens, position of the schedule) of the steps that may take the most memory.
 
-    The two longest: a dropped layer has buffers of its own beside its k rows, so that the longest
-    step of the ramp may take more than a dense one. And the longest with each number of
-    micro-batches in a pass: what does not drop, the output layer above all, grows with them.
+    These are the two longest steps: a dropped layer has its own buffers besides its k rows, so the
+    longest step of the ramp may take more than a dense one. And the longest step with each number
+    of micro-batches in a pass: the layers that do not drop, above all the output layer, grow with
+    that number.
     """
     levels = [(kept, start) for start, kept in resolved.schedule.levels()]
     last = {resolved.micro_batches_per_pass(k, num_micro_batches): (k, t) for k, t in levels}
@@ -84,11 +85,11 @@ def _zero_gradients(model: list[Any]) -> None:
 
 @contextlib.contextmanager
 def _forgotten(model: list[Any], optimizer: Any, config: Any) -> Iterator[None]:
-    """Undo what forward and backward passes leave behind but for memory."""
+    """Undo everything that forward and backward passes leave behind, except memory."""
     from megatron.core import tensor_parallel
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 
-    # As Megatron does around its evaluation: results outside of a step are not to be rerun.
+    # As Megatron does around its evaluation: results outside of a step must not be rerun.
     rerun = get_rerun_state_machine()
     mode, finalize = rerun.get_mode(), config.finalize_model_grads_func
     tracker = tensor_parallel.get_cuda_rng_tracker()
@@ -122,9 +123,9 @@ def _forgotten(model: list[Any], optimizer: Any, config: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replayed(data_iterator: Any) -> Iterator[None]:
-    """Have data iterators give what they gave inside the with-statement once more after it.
+    """Make data iterators give again, after the with-statement, what they gave inside it.
 
-    Megatron's iterators read from ``RerunDataIterator.iterable``, which is replaced meanwhile.
+    Megatron's iterators read from ``RerunDataIterator.iterable``, which is replaced here.
     """
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
     iterators = [i for i in iterators if i is not None]

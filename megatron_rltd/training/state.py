@@ -1,7 +1,8 @@
 """One training in Megatron's loop, with random-LTD: what happens at each seam that `patches` lists.
 
-`Training` holds all that a process knows of it. What must outlive the process stands on Megatron's
-``args``, which every checkpoint holds: the options and the LayerTokens consumed, plain values.
+`Training` holds all that a process knows about it. What must outlive the process is stored on
+Megatron's ``args``, and every checkpoint holds these: the options and the LayerTokens consumed, as
+plain values.
 """
 
 import functools
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from megatron_rltd.config import FIELDS, FLAG_PREFIX, ConfigError, ResolvedConfig, resolve
+from megatron_rltd.config import FIELDS, FLAG_PREFIX, ConfigError
 from megatron_rltd.model.micro_batches import join_micro_batches
 from megatron_rltd.model.random_ltd import RandomLTD
 from megatron_rltd.refusals import packs_sequences
+from megatron_rltd.resolved_config import ResolvedConfig, resolve
 from megatron_rltd.schedule import Progress, Step
 from megatron_rltd.training import budget, checkpoint, metrics, tags
 from megatron_rltd.training.arguments import (
@@ -35,8 +37,8 @@ class EndedStep:
 
     Attributes:
         step: What it kept and cost.
-        samples: Of all data-parallel ranks.
-        micro_batches_per_pass: That its passes took.
+        samples: Samples of all data-parallel ranks.
+        micro_batches_per_pass: Micro-batches that each of its passes took.
     """
 
     step: Step
@@ -53,7 +55,8 @@ class Training:
     """A training in Megatron's loop.
 
     Attributes:
-        random_ltd: The runtime; None until the arguments are valid, and in a run without it.
+        random_ltd: The runtime; None until the arguments are valid, and in a run without
+            random-LTD.
         ended: The step that ended last.
     """
 
@@ -67,14 +70,15 @@ class Training:
         self._megatrons_scheduler: Any = None
         self._is_decay_given = False
         self._preflight: Preflight | None = None
-        # Of the last steps, for the throughput that Megatron logs, and of how many it logs it now.
+        # For the throughput that Megatron logs: the operations of the last steps, and how many
+        # steps the current log line covers.
         self._operations: deque[float] = deque()
         self._steps_in_log: int | None = None
 
-    # Seams, each called with Megatron's own function first. `patches` says why each of them.
+    # Seams. The first argument of each is Megatron's own function. `patches` gives the reasons.
 
     def validate_args(self, original: Callable, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        """Check the flags, what Megatron would say less clearly before it does, and resolve them.
+        """Check and resolve the flags; first those that Megatron would refuse less clearly.
 
         Raises:
             ConfigError: A flag is wrong, or combined with a feature that random-LTD refuses.
@@ -82,7 +86,7 @@ class Training:
         if getattr(args, "random_ltd", False):
             budget.check_units(args)
         result = original(args, *rest, **kwargs)
-        self._forget()  # of arguments that were validated before these
+        self._forget()  # arguments may have been validated before these
         if not args.random_ltd:
             refuse_without_random_ltd(args)
             return result
@@ -102,8 +106,8 @@ class Training:
         """Attach to the model chunks that Megatron builds, and set what is left of the run.
 
         Raises:
-            ConfigError: The model is not one that random-LTD works on.
-            ModelError: A stage's own layers are not.
+            ConfigError: random-LTD does not work on this model.
+            ModelError: random-LTD does not work on the layers of this pipeline stage.
         """
         result = original(*args, **kwargs)
         if self.random_ltd is not None:
@@ -113,7 +117,7 @@ class Training:
         return result
 
     def get_optimizer_param_scheduler(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Return what is to schedule the learning rate in place of Megatron's scheduler."""
+        """Return the scheduler of the learning rate that replaces Megatron's."""
         from megatron.training import get_args
 
         scheduler = original(*args, **kwargs)
@@ -155,7 +159,7 @@ class Training:
             bound.arguments["forward_backward_func"] = join_micro_batches(
                 bound.arguments["forward_backward_func"], random_ltd, packs_sequences(args)
             )
-        # Not in the first step: the optimizer's state, which counts, does not exist yet.
+        # Not in the first step: the optimizer's state takes memory, and does not exist yet.
         if self._preflight and args.curr_iteration > args.iteration:
             self._preflight.add(bound.arguments, random_ltd)
             self._preflight = None
@@ -204,12 +208,12 @@ class Training:
     def num_floating_point_operations(
         self, original: Callable, args: Any, batch_size: int, *rest: Any, **kwargs: Any
     ) -> float:
-        """Count a global batch of the step that ended; in the log, the mean of its steps."""
+        """Count a global batch of the step that ended; in a log line, the mean of its steps."""
         if self.random_ltd is None:
             return original(args, batch_size, *rest, **kwargs)
         if self._steps_in_log is not None:
-            # Megatron divides by the mean time of the steps since its last line. With a kept length
-            # that grows, the mean operations belong to it.
+            # Megatron divides by the mean time of the steps since its last line. The kept length
+            # grows, so the mean of their operations belongs to that time.
             while len(self._operations) > self._steps_in_log:
                 self._operations.popleft()
             return math.fsum(self._operations) / len(self._operations)
@@ -221,32 +225,32 @@ class Training:
         self._operations.append(counted)
         return counted
 
-    # What they share.
+    # What the seams share.
 
     def continue_run(self) -> None:
-        """Set what is left of the run once a checkpoint may have been loaded.
+        """Set what is left of the run after a checkpoint may have been loaded.
 
-        It may have got there with another batch size or schedule.
+        The run may have had another batch size or schedule before it.
         """
         from megatron.training import get_args, print_rank_0
 
         if self.random_ltd is None or not budget.follows_layer_tokens(get_args()):
             return
         args, resolved = get_args(), self.random_ltd.resolved
-        # What Megatron, which runs later, makes of a checkpoint without a count of samples.
+        # Megatron later does the same for a checkpoint without a count of samples.
         samples = args.consumed_train_samples or args.iteration * args.global_batch_size
         here = Progress(args.iteration, samples, checkpoint.consumed(args)[0])
         if args.train_layer_tokens is not None:
             end = budget.end_of_budget(args, resolved, here)
             args.train_iters = end.iteration
-            # The size of the data set, which Megatron else takes to be the iterations' at this
-            # batch.
+            # This is the size of the data set. Otherwise Megatron computes it from the iterations
+            # and the current batch size.
             if args.train_samples or end.samples > end.iteration * args.global_batch_size:
                 args.train_samples = end.samples
             print_rank_0(
                 f"random-LTD: --train-layer-tokens {args.train_layer_tokens} ends the run after "
-                f"{end.iteration} iterations and {end.samples} samples, of which it has done "
-                f"{here.iteration} and {here.samples}"
+                f"{end.iteration} iterations and {end.samples} samples; done so far: "
+                f"{here.iteration} iterations and {here.samples} samples"
             )
         if here.iteration and args.override_opt_param_scheduler and self._scheduler is not None:
             advanced = Fraction(self._scheduler.num_steps)
@@ -269,7 +273,7 @@ class Training:
         self.random_ltd = random_ltd
         if isinstance(self._scheduler, LayerTokenScheduler):
             self._scheduler.random_ltd = random_ltd
-        # What the checkpoint must hold is what the run does, not what was left to a default.
+        # The checkpoint must hold what the run does, not a default that was left open.
         args.random_ltd_strata = random_ltd.resolved.strata
         args.random_ltd_seed = random_ltd.resolved.seed
 

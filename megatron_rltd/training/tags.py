@@ -1,4 +1,4 @@
-"""Names of what we log, beside Megatron's own. Plain strings, for those who write and who read."""
+"""Names of the values that we log next to Megatron's own. Plain strings, used to write and read."""
 
 KEPT_TOKENS = "random-ltd kept tokens"
 LAYER_TOKENS = "random-ltd layer tokens"

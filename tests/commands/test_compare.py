@@ -233,7 +233,10 @@ def test_several_validation_sets(dense, tmp_path, capsys):
             writer.add_scalar(f"lm loss validation-{tag}", loss, 9)
     printed, result = run(capsys, f"dense={dense}", f"other={other}")
     assert rows(result)["other"]["validation_loss"] == 1.0
-    assert "other: there are several validation sets, the loss is 'lm loss validation-a'" in printed
+    assert (
+        "there are several validation sets; the table shows the loss 'lm loss validation-a'"
+        in printed
+    )
 
 
 def test_restart_replaces_what_lay_beyond_its_checkpoint(dense, tmp_path, capsys):
@@ -379,7 +382,7 @@ def test_noisy_times_are_noted(dense, tmp_path):
     )
     assert compare.summarise(runs, "dense")[1]["wall_clock_saved"] is not None
     times.update({i: 1.0 + 0.6 * (i % 4 == 0) for i in times})
-    assert any("the time says nothing" in note for note in compare.notes(runs, "dense"))
+    assert any("so the time means nothing" in note for note in compare.notes(runs, "dense"))
     row = compare.summarise(runs, "dense")[1]
     assert row["wall_clock_saved"] is row["saving_realised"] is None
     assert row["compute_saved"] is not None
@@ -490,7 +493,7 @@ def not_megatron(folder):
         (garbage, "holds no event file in which Megatron's arguments can be read"),
         (a_folder_as_file, "cannot be read: "),
         (one_level_up, "holds no TensorBoard event file; did you mean {folder}/tensorboard?"),
-        (no_step, "holds no training step yet (see --tensorboard-log-interval)"),
+        (no_step, "holds no training step yet: train longer"),
         (not_megatron, "holds no event file in which Megatron's arguments can be read"),
     ],
 )
@@ -507,10 +510,10 @@ def test_wrong_folder(dense, tmp_path, capsys, make, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a={0}", "a={0}"], "two runs are called a; tell them apart as NAME=FOLDER"),
+        (["a={0}", "a={0}"], "two runs are called a; name each one as NAME=FOLDER"),
         (["{0}", "{0}"], "two runs are called dense;"),
         (["a={0}"], "give two or more runs"),
-        (["a={0}", "b={0}", "--baseline", "c"], "--baseline c is none of the runs: a, b"),
+        (["a={0}", "b={0}", "--baseline", "c"], "--baseline c is not one of the runs: a, b"),
         (["a={0}", "b={0}", "--csv", "{0}/no/such.csv"], "No such file or directory"),
     ],
 )

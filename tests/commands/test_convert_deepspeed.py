@@ -5,7 +5,8 @@ from fractions import Fraction
 import pytest
 
 from megatron_rltd.commands.convert_deepspeed.budget import DeepSpeedRun
-from megatron_rltd.config import ModelFacts, RandomLTDConfig, resolve
+from megatron_rltd.config import RandomLTDConfig
+from megatron_rltd.resolved_config import ModelFacts, resolve
 from megatron_rltd.schedule import LayerTokenCost
 from tests.commands.deepspeed_recipes import (
     FULL,
@@ -178,7 +179,7 @@ CURRICULUM = {
         (below_minimum(8, 16), "", ["keep 8 tokens here; DeepSpeed kept 0, and keeps 16 since"]),
         (VIT, "", ["seq_per_step 8 does not divide 197", "at iteration 3,982, not 3,910"]),
         (VIT, "", ["a model outside Megatron", "logs count micro-batches"]),
-        (OUTER, "", ["data_efficiency.enabled is not true; DeepSpeed drops tokens all the same"]),
+        (OUTER, "", ["data_efficiency.enabled is not true; DeepSpeed drops tokens anyway"]),
         (CURRICULUM, "", ["data_efficiency.data_sampling is not converted"]),
         (
             {**GPT3, "curriculum_learning": {"enabled": True}},
@@ -193,23 +194,27 @@ CURRICULUM = {
         (
             changed(GPT3, "seed", 1),
             "",
-            ["unknown in data_efficiency.data_routing.random_ltd", "seed"],
+            ["unknown keys in data_efficiency.data_routing.random_ltd", "seed"],
         ),
         (
             changed(GPT3, "random_ltd_schedule.schedule_config.root_degree", 2),
             "",
-            ["unknown in", "random_ltd_schedule.schedule_config, ", ": root_degree"],
+            ["unknown keys in", "random_ltd_schedule.schedule_config, ", ": root_degree"],
         ),
-        (GPT3, FULL.replace("24", "36"), ["total_layer_num is 24, --num-layers 36, which counts"]),
-        (GPT3, FULL.replace("512", "256"), ["train_batch_size is 512, --global-batch-size 256"]),
+        (GPT3, FULL.replace("24", "36"), ["total_layer_num is 24, but --num-layers 36 is used"]),
+        (
+            GPT3,
+            FULL.replace("512", "256"),
+            ["train_batch_size is 512, but --global-batch-size 256"],
+        ),
         (GPT3, "--seq-length 2048", ["the launch line has no --random-ltd"]),
         (
             GPT3,
             FULL + "--train-tokens 300000000000 --train-iters 300000",
             [
                 "after 300,000 iterations",
-                "put --train-samples 153600000",
-                "with --lr-decay-samples",
+                "use --train-samples 153600000",
+                "use --lr-decay-samples",
             ],
         ),
     ],

@@ -160,9 +160,9 @@ STEPS = "random_ltd_schedule.schedule_config"
 @pytest.mark.parametrize(
     ("content", "line", "message"),
     [
-        (TEMPLATE, "", "has placeholders that are not replaced yet: CONFIG_GBS, LTDSTEP"),
+        (TEMPLATE, "", "has placeholders: replace CONFIG_GBS, LTDSTEP"),
         ("{'a': 1}", "", "is not JSON"),
-        ('{"a": 1,} // done', "", "is not JSON (comments and trailing commas are not either)"),
+        ('{"a": 1,} // done', "", "is not JSON (which allows no comments or trailing commas)"),
         ("", "", "is not JSON"),
         (b"\xff\xfe", "", "it is not text"),
         ([1], "", "data_efficiency.data_routing.random_ltd is not an object"),
@@ -203,11 +203,11 @@ STEPS = "random_ltd_schedule.schedule_config"
             "max_value is 2048, but here the kept length grows to --seq-length 4096: set max_value "
             "to that (require_steps 413333 is as steep as now)",
         ),
-        (GPT3, "--seq-length 128", "nothing is dropped with min_value 128"),
-        (changed(GPT3, "random_ltd_schedule.max_value", 128), "", "add the sequence"),
-        (changed(GPT3, "random_ltd_schedule.max_value", 64), "", "nothing is dropped"),
+        (GPT3, "--seq-length 128", "nothing to convert: min_value 128"),
+        (changed(GPT3, "random_ltd_schedule.max_value", 128), "", "add -- --seq-length N"),
+        (changed(GPT3, "random_ltd_schedule.max_value", 64), "", "--seq-length 64 drop nothing"),
         (GPT3, "--train-tokens 3e9", "--train-tokens 3e9: must be one whole number"),
-        (GPT3, "--train-tokens ${tokens}", "write shell variables out"),
+        (GPT3, "--train-tokens ${tokens}", "replace shell variables by values"),
         (GPT3, "--train-tokens", "--train-tokens: must be one whole number"),
         (GPT3, "--num-layers 0", "--num-layers 0: must be at least 1"),
         (
@@ -218,7 +218,7 @@ STEPS = "random_ltd_schedule.schedule_config"
         (GPT3, "--lr 1 $data_options", "the launch line has $data_options"),
         (GPT3, "pretrain_gpt.py", "the launch line has no flags"),
         (GPT3, "--lr '1", "the launch line cannot be read: No closing quotation"),
-        (GPT3, FULL + "--lr-warmup-tokens 9", "learning rate can follow one thing only"),
+        (GPT3, FULL + "--lr-warmup-tokens 9", "learning rate can follow only one unit"),
         (
             GPT3,
             FULL + "--lr-decay-tokens 99 --lr-warmup-fraction 0.1",

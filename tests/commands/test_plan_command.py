@@ -72,7 +72,7 @@ def test_joined_micro_batches_are_named():
     assert "in one pass" not in command(f"-- {line}")[1]
     status, text = command(f"-- {line} --random-ltd-grow-micro-batch 8")
     assert status == 0
-    said = "micro-batches in one pass, of 8 in a step: 4 from 16 kept tokens on, 2 from 24 kept"
+    said = "micro-batches in one pass (8 in a step): 4 from 16 kept tokens, 2 from 24 kept tokens"
     assert said in text
     status, output = command(f"--json -- {line} --random-ltd-grow-micro-batch 8")
     assert json.loads(output)["micro_batches_per_pass_from_kept_tokens"][:2] == [[16, 4], [24, 2]]

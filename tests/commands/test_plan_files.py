@@ -83,7 +83,7 @@ def test_a_script_without_dry_run_is_not_run(tmp_path, name, mention):
     script, trained = script_in(tmp_path, name, f"{mention}train\necho --lr 1\n")
     status, output = command(["--from", str(script)])
     assert (status, output.count("\n")) == (2, 1)
-    assert f"--from {script}: the script knows no DRY_RUN, so that running it would" in output
+    assert f"--from {script}: the script does not know DRY_RUN, so running it would" in output
     assert not trained.exists()
     # The same script does leave its trace where it is run.
     script, trained = script_in(tmp_path, name, 'echo "$DRY_RUN"; train; echo --lr 1\n')

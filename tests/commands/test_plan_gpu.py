@@ -112,10 +112,10 @@ def test_text_says_that_it_is_an_estimate(numbers):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (f"--gpu h100 -- {MODEL}", "--gpu estimates what random-LTD saves: the run is dense"),
+        (f"--gpu h100 -- {MODEL}", "--gpu estimates what random-LTD saves, but the run is dense"),
         (
             f"--gpu h100 --gpus 2 -- {MODEL} {LTD} --tensor-model-parallel-size 2",
-            "not with --tensor-model-parallel-size",
+            "omit --gpu or --tensor-model-parallel-size",
         ),
         (f"--gpu-sms 9 -- {MODEL} {LTD}", "give all of --gpu-tflops, --gpu-bandwidth and"),
     ],

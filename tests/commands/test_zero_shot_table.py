@@ -112,7 +112,7 @@ def test_ten_shots_are_compared_with_ten(tmp_path, capsys):
     assert ["random-LTD 200B", "42.5", "-"] in lines
     lines = compared(capsys, evaluation(tmp_path / "b", shots=5))
     assert published(lines) == []
-    assert "averages were published of 0 and of 10 examples, and of no other" in "".join(lines)
+    assert "averages were published only for 0 and for 10 examples" in "".join(lines)
 
 
 def published(lines):
@@ -206,8 +206,8 @@ def test_beside_training_runs_and_as_files(tmp_path, capsys):
     [
         (["--eval", "a={0}/nothing"], "holds no results_*.json of lm_eval; give an output folder"),
         (["--eval", "a={0}", "a={0}"], "two runs are called a"),
-        (["--eval", "a={0}", "--plot", "{0}/x.png"], "are for training runs: name them, too"),
-        (["--eval", "a={0}", "--baseline", "a"], "are for training runs: name them, too"),
+        (["--eval", "a={0}", "--plot", "{0}/x.png"], "are for training runs: give"),
+        (["--eval", "a={0}", "--baseline", "a"], "are for training runs: give"),
         ([], "give two or more runs, each as NAME=FOLDER"),
     ],
 )

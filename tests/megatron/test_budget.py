@@ -126,7 +126,7 @@ def test_a_budget_that_is_used_up_trains_no_further(tmp_path):
     assert again.layer_tokens == whole.layer_tokens
     further = f"{line} --train-layer-tokens {BUDGET + 512} --load {tmp_path}"
     message = error_of(further)
-    assert f"is of a run of --train-layer-tokens {BUDGET}, not {BUDGET + 512}: add" in message
+    assert f"was trained with --train-layer-tokens {BUDGET}, not {BUDGET + 512}: " in message
     more = train(f"{further} --override-opt-param-scheduler")
     assert len(more.losses) == 1
 
@@ -140,9 +140,9 @@ def test_length_and_budget_must_agree(tmp_path):
     message = error_of(f"{line} --train-samples 48")
     assert f"--train-layer-tokens {BUDGET} takes --train-samples {8 * steps} from" in message
     message = error_of(f"{line} --lr-warmup-iters 1 --lr-decay-samples 5")
-    assert "--lr-decay-samples samples: give all in one unit" in message
+    assert "--lr-decay-samples samples: give all of them in one unit" in message
     message = error_of(f"{line} --lr-warmup-samples 70")
-    assert "--lr-warmup-samples 70 is 70 samples, too long" in message
+    assert "--lr-warmup-samples 70 is 70 samples, but the learning rate decays" in message
     assert f"decays over {BUDGET / SEQ} samples" in message
     message = error_of(f"{line} --lr-warmup-samples 7 --lr-warmup-fraction 0.1")
     assert "give one of --lr-warmup-fraction and --lr-warmup-samples" in message
@@ -150,13 +150,13 @@ def test_length_and_budget_must_agree(tmp_path):
     assert "--iterations-to-skip makes a run shorter than --train-layer-tokens" in message
     growing = line.replace("--global-batch-size 8", RAMP_UP)
     message = error_of(f"{growing} --lr-warmup-iters 1")
-    assert "--lr-warmup-iters is no number of samples while the batch grows" in message
+    assert "--lr-warmup-iters counts iterations, but the batch grows" in message
     message = error_of(f"{line} --train-iters 9 --lr-warmup-samples 7")
     assert "--train-iters counts iterations and --lr-warmup-samples samples: omit" in message
     assert "omit --train-iters" in message
     if versions.release() >= (0, 18):
         message = error_of(f"{line} --rampup-batch-size 4 4 15")
-        assert "--rampup-batch-size is ignored by this Megatron" in message
+        assert "this Megatron ignores --rampup-batch-size" in message
     message = error_of(line.replace(f"--train-layer-tokens {BUDGET}", ""))
     assert "give --train-iters, --train-samples or --train-layer-tokens" in message
     message = error_of(line.replace(f"--train-layer-tokens {BUDGET}", "--train-layer-tokens -1"))

@@ -72,7 +72,7 @@ def test_enable_is_reversible():
 def test_enable_is_refused_where_there_is_cuda(monkeypatch):
     before = names_in_force()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(RankConfigError, match="only where there is no CUDA device: omit --cpu"):
+    with pytest.raises(RankConfigError, match="only if no CUDA device is visible: omit --cpu"):
         adapter.enable()
     assert all(names_in_force()[name] is value for name, value in before.items())
 

@@ -7,8 +7,9 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_rltd.config import ConfigError, ModelFacts, RandomLTDConfig, resolve
+from megatron_rltd.config import ConfigError, RandomLTDConfig
 from megatron_rltd.model.random_ltd import RandomLTD
+from megatron_rltd.resolved_config import ModelFacts, resolve
 from megatron_rltd.schedule import Schedule
 from megatron_rltd.training.learning_rate import LayerTokenScheduler
 from tests.megatron.test_training import (
@@ -357,7 +358,7 @@ def test_warmup_fraction_and_wsd():
         for d, f in zip(done, fall, strict=True)
     ]
     assert ours.learning_rates == pytest.approx(by_hand, rel=1e-12)
-    with pytest.raises(AssertionError, match="--lr-wsd-decay-iters 5 is 40 samples, too long"):
+    with pytest.raises(AssertionError, match="--lr-wsd-decay-iters 5 is 40 samples, but"):
         train(f"{wsd} {LTD} --layer-token-lr --lr-wsd-decay-iters 5")
 
 

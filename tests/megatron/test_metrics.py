@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_rltd.config import ModelFacts, RandomLTDConfig, resolve
+from megatron_rltd.config import RandomLTDConfig
 from megatron_rltd.model.random_ltd import RandomLTD
 from megatron_rltd.patching import versions
+from megatron_rltd.resolved_config import ModelFacts, resolve
 from megatron_rltd.training import metrics
 from megatron_rltd.training.metrics import (
     add_to_log_line,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_rltd import RandomLTD, RandomLTDConfig, join_micro_batches
-from megatron_rltd.config import ConfigError, ModelFacts, resolve
+from megatron_rltd.config import ConfigError
 from megatron_rltd.model.micro_batches import _join_packed
+from megatron_rltd.resolved_config import ModelFacts, resolve
 from megatron_rltd.training.preflight import largest_steps
 from tests import gpt
 from tests.parallel import train
@@ -201,7 +202,7 @@ def test_packed_sequences():
     ours, theirs = (step(n, forward, is_packed=True) for n in (4, 1))
     assert_equal_steps(ours, theirs)
     assert ours[2][0] == (gpt.SEQ * gpt.BATCH * 4, 1)
-    with pytest.raises(RuntimeError, match="say is_packed=True"):
+    with pytest.raises(RuntimeError, match="without is_packed=True"):
         step(4, forward)
 
 
@@ -297,12 +298,12 @@ def _numbers_its_calls(iterator, model):
     ("forward", "message"),
     [
         (_uses_output, "uses the model's output before it returns it"),
-        (_calls_twice, "does not return what one call of the model gives"),
+        (_calls_twice, "does not return the output of one model call"),
         (_numbers_its_calls, "passes the model its argument 2, which cannot be laid end to end"),
     ],
 )
 def test_forward_steps_that_cannot_be_joined(forward, message):
-    with pytest.raises(RuntimeError, match=f"--random-ltd-grow-micro-batch.*{message}.*omit it"):
+    with pytest.raises(RuntimeError, match=f"--random-ltd-grow-micro-batch.*{message}: omit"):
         step(4, forward)
 
 
@@ -331,7 +332,7 @@ def test_through_megatrons_loop(tmp_path):
     """Growth, saved in the middle of the ramp and continued on stages and slices of it."""
     alone = train(f"{MODEL} {LTD}")
     ours = train(f"{MODEL} {LTD} {GROW} --random-ltd-preflight --save {tmp_path} --save-interval 3")
-    assert "8 from 8 kept tokens on, 4 from 16 kept tokens on" in ours.output
+    assert "8 from 8 kept tokens, 4 from 16 kept tokens" in ours.output
     assert "random-ltd micro-batches per pass: 8.000000E+00" in ours.output
     assert "preflight with 8, 16, 32, 56 and 64 kept tokens passed" in ours.output
     close = functools.partial(pytest.approx, rel=1e-6)
@@ -340,9 +341,9 @@ def test_through_megatrons_loop(tmp_path):
     assert ours.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
     assert ours.layer_tokens == alone.layer_tokens
     ranks = train(f"{MODEL} {LTD} {GROW} --use-distributed-optimizer --overlap-grad-reduce", 2)
-    assert "of 8 in a step: 8 from 8" in ranks.output
+    assert "(8 in a step): 8 from 8" in ranks.output
     assert ranks.losses == close(alone.losses)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     rest = train(f"{MODEL} {LTD} --random-ltd-grow-micro-batch 4 --load {tmp_path} {LAYOUT}", 4)
     assert rest.losses == close(alone.losses[3:])
-    assert "of 16 in a step: 4 from 8" in rest.output
+    assert "(16 in a step): 4 from 8" in rest.output

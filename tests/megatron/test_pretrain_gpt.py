@@ -58,7 +58,7 @@ def test_models_that_it_cannot_build_are_an_error(monkeypatch):
     for flag in model_provider.OTHER_MODELS:
         args = types.SimpleNamespace(**{flag[2:].replace("-", "_"): "given"})
         monkeypatch.setattr(model_provider, "get_args", lambda args=args: args)
-        with pytest.raises(ConfigError, match=f"{flag}: use the pretrain_gpt.py of Megatron-LM"):
+        with pytest.raises(ConfigError, match=f"{flag} does not work with this script: use"):
             model_provider.model_provider()
 
 
@@ -94,12 +94,12 @@ def test_several_validation_sets_are_evaluated_whole(tmp_path):
     ],
 )
 def test_sets_without_a_document_are_named(tmp_path, documents, split, missing):
-    # Megatron would search them for samples for ever.
+    # Megatron would search them for samples forever.
     from megatron_rltd.pretrain.pretrain_gpt import empty_sets
 
     prefix = write(tmp_path / "data", documents, 3)
     problems = empty_sets(split, prefix)
     assert len(problems) == len(missing)
     for problem, name in zip(problems, missing, strict=True):
-        assert f"--split {split} leaves none of the {documents} documents" in problem
-        assert f"for {name}: give it" in problem
+        assert f"--split {split} gives {name} none of the {documents} documents" in problem
+        assert "use a larger share, or 0" in problem

@@ -387,7 +387,7 @@ def test_what_a_dropped_layer_cannot_take_is_an_error():
 def test_attaching_twice_or_to_nothing_is_an_error():
     model = gpt.build()
     attached(model)
-    with pytest.raises(RuntimeError, match="attached already"):
+    with pytest.raises(RuntimeError, match="already attached"):
         attached(model)
     with pytest.raises(RuntimeError, match="no GPTModel or BertModel"):
         attached(torch.nn.Linear(2, 2))

@@ -63,7 +63,8 @@ def test_what_is_no_script(line, message):
 def test_data_that_the_bundled_script_does_not_read(flag):
     status, output = cli(f"pretrain_gpt {BASE} {LTD} --no-rope-fusion {flag}")
     assert status == 2
-    assert only_error(output).strip() == f"- {flag}: use the pretrain_gpt.py of Megatron-LM"
+    said = f"- {flag} does not work with this script: use the pretrain_gpt.py of Megatron-LM"
+    assert only_error(output).strip() == said
 
 
 def _main_with_transformer_engine(argv):
@@ -160,7 +161,7 @@ def test_torchrun(tmp_path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("replaced symbols") == 1
-    assert result.stdout.count("for the CPU these arguments of Megatron's are changed: ") == 1
+    assert result.stdout.count("these Megatron arguments are changed for the CPU: ") == 1
     lines = [line for line in result.stdout.splitlines() if line.startswith("random-LTD: ")]
     assert lines == [
         "random-LTD: kept tokens: 16 of 64 tokens at first, all after 9 iterations, in steps of 8",

@@ -80,7 +80,7 @@ def test_no_python_is_one_clear_error(machine):
 def test_a_python_that_is_asked_for_must_do(machine):
     status, _, said, _ = source(machine, PYTHON="/usr/bin/false")
     assert status == 1
-    assert "PYTHON=/usr/bin/false is not a Python 3.12 or newer" in said
+    assert "PYTHON=/usr/bin/false is not Python 3.12 or newer" in said
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_a_comma_in_the_path(tmp_path):
     status, printed = evaluate(folder, PYTHON="/bin/false")
     assert status == 2
     assert printed.splitlines() == [
-        f"eval_zero_shot: {folder} has a comma in it, where lm_eval splits; rename it"
+        f"eval_zero_shot: {folder} has a comma, and lm_eval splits there; rename it"
     ]
 
 

@@ -291,12 +291,12 @@ FEW = {"PROCESSES": "8", **DATA}
         (
             "ltd_300b",
             {"SCALE": "smoke", "EXTRA_ARGS": "--lr 1 --load=x"},
-            "EXTRA_ARGS has --load, with which a requeued job would not go on",
+            "EXTRA_ARGS has --load, and a requeued job would then not go on",
         ),
         (
             "ltd_300b",
             {"SCALE": "smoke", "START_FROM": "no"},
-            "START_FROM=no is no folder of checkpoints",
+            "START_FROM=no is not a folder of checkpoints",
         ),
         (
             "ltd_300b",
@@ -329,7 +329,7 @@ def test_what_cannot_run_is_an_error_before_anything_starts(tmp_path, name, sett
     assert not run.exists()
     if "is missing" not in message and "cannot be" not in message:
         # Nor is there a command to print.
-        is_plan = any(part in message for part in ("no GPU", "is not set", "is no folder"))
+        is_plan = any(part in message for part in ("no GPU", "is not set", "is not a folder"))
         assert bash(name, DRY_RUN="1", **settings)[0] == (0 if is_plan else 2)
 
 
@@ -386,7 +386,7 @@ def test_a_stopped_run_is_continued_until_it_is_finished(tmp_path):
     assert [ending[0] for ending in endings] == [130, 130, 0, 0]
     last_lines = [ending[1].splitlines()[-1] for ending in endings]
     for line, iteration in zip(last_lines[:2], (2, 4), strict=True):
-        assert f"stopped as asked to, checkpoint of iteration {iteration} of 6; the same" in line
+        assert f"stopped as requested, checkpoint of iteration {iteration} of 6; the same" in line
     assert last_lines[2:] == ["ltd_300b: finished: iteration 6 of 6"] * 2
     log = (tmp_path / "run" / "log.txt").read_text()
     assert [line for ending in endings for line in ending[1].splitlines()] == log.splitlines()

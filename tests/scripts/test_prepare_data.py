@@ -243,7 +243,7 @@ def test_spaces_bad_files_and_what_was_removed(raw, tokenizer, tmp_path):
     (source / "vocab.json").write_text("{}")
     done = prepare(source, output)
     assert done.returncode == 1
-    assert "was made of other files than VOCAB_FILE and MERGE_FILE" in done.stderr
+    assert "was not made from VOCAB_FILE and MERGE_FILE" in done.stderr
     (source / "in/a b.jsonl").unlink()
     shutil.copy2(raw / "vocab.json", source / "vocab.json")
     done = prepare(source, output)
@@ -262,7 +262,7 @@ def test_a_damaged_shard_is_not_joined(raw, prepared, tmp_path):
     shard.write_bytes(data)
     done = prepare(raw, output)
     assert done.returncode == 2
-    assert f"error: {shard} is not what" in done.stderr
+    assert f"error: {shard} does not match" in done.stderr
     assert "remove both and tokenize this part again" in done.stderr
     assert files_of(output) == files_of(prepared[0])  # what was there stays
 
@@ -270,12 +270,12 @@ def test_a_damaged_shard_is_not_joined(raw, prepared, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "part"),
     [
-        ({"INPUT": "nowhere"}, "INPUT=nowhere is no folder"),
+        ({"INPUT": "nowhere"}, "INPUT=nowhere is not a folder"),
         ({"INPUT": str(ROOT / "docs")}, "has no file ending in .jsonl, .jsonl.gz or .jsonl.zst"),
         ({"OUTPUT": ""}, "OUTPUT is not set"),
         ({"MERGE_FILE": ""}, "set VOCAB_FILE and MERGE_FILE"),
         ({"VOCAB_FILE": "no.json"}, "--vocab-file no.json: there is no such file"),
-        ({"TOKENIZER": "nowhere"}, "TOKENIZER=nowhere is no folder"),
+        ({"TOKENIZER": "nowhere"}, "TOKENIZER=nowhere is not a folder"),
     ],
 )
 def test_wrong_settings_are_one_sentence(variables, part, raw, tmp_path):
@@ -365,8 +365,8 @@ def test_merge_refuses_what_does_not_fit(raw, prepared, tmp_path):
         ([one, one], "is named twice"),
         ([one, "no.idx"], "--input no.idx: there is no no.idx"),
         ([one, shards / "settings"], "does not end in .idx"),
-        ([one, index], "bytes where its index says"),
-        ([cut, one], f"{tmp_path}/cut.idx is no index of tokens"),
+        ([one, index], "bytes, but its index says"),
+        ([cut, one], f"{tmp_path}/cut.idx is not an index of tokens"),
     ):
         done = run_tool(
             "merge_datasets.py", "--input", *inputs, "--output-prefix", tmp_path / "out"

@@ -87,7 +87,7 @@ def test_how_many_tokens():
     assert hf_tokenizer.vocabulary(run, None, 300, 384) == 300
     # What the run was trained with counts, and not a smaller tokenizer that goes with it.
     assert hf_tokenizer.vocabulary(of_run(vocab_size=260), tokenizer, None, 384) == 260
-    with pytest.raises(ConversionError, match="258 tokens and the model was trained with 200"):
+    with pytest.raises(ConversionError, match="258 tokens, but the model was trained with 200"):
         hf_tokenizer.vocabulary(of_run(vocab_size=200), tokenizer, None, 384)
-    with pytest.raises(ConversionError, match="258 tokens and the model 256 rows"):
+    with pytest.raises(ConversionError, match="258 tokens, but the model only 256 rows"):
         hf_tokenizer.vocabulary(run, tokenizer, None, 256)

@@ -476,7 +476,7 @@ def errors():
     ):
         line, reason = BAD_LINES[name]
         flags = ["--input", "IN/x.jsonl", "--tokenizer-type", *kind]
-        part = f"IN/x.jsonl, line 2 {reason}; correct it, or leave"
+        part = f"IN/x.jsonl, line 2 {reason}; correct it, or skip"
         yield f"{name}-{kind[0]}", {"x.jsonl": GOOD_LINE + line + b"\n" + GOOD_LINE}, flags, part
     truncated = gzip.compress(GOOD_LINE * 1000)[:-20]
     hf = ["--input", "IN/a.txt", "--tokenizer-type", "HuggingFaceTokenizer"]
@@ -527,7 +527,7 @@ def errors():
             "keys_of_text",
             files,
             ["--input", "IN/a.jsonl", "IN/a.txt", *byte, "--json-keys", "a", "b"],
-            "--json-keys: IN/a.txt is no JSONL file, so there can be only one key",
+            "--json-keys: IN/a.txt is not a JSONL file; give only one key",
         ),
         ("key_twice", files, [*keys, "a", "a"], "--json-keys a a: name each key once"),
         ("key_path", files, [*keys, "a/b"], "--json-keys a/b: "),
@@ -600,12 +600,12 @@ def test_error_is_one_sentence(files, flags, part, tmp_path):
         (
             {"a.jsonl": GOOD_LINE},
             ["HuggingFaceTokenizer", "--tokenizer-model", "LLAMA", "--append-eod"],
-            "names no end-of-document token; name one by --eod-token",
+            "names no end-of-document token; name one with --eod-token",
         ),
         (
             {"a.jsonl": GOOD_LINE},
             ["HuggingFaceTokenizer", "--tokenizer-model", "LLAMA", "--eod-token", "<nope>"],
-            "--eod-token <nope> is no token of",
+            "--eod-token <nope> is not a token of",
         ),
         (
             {"a.jsonl": GOOD_LINE, "out": b""},
@@ -823,5 +823,5 @@ def test_tokenizer_that_works_outside_its_json_is_refused(bpe, tmp_path, monkeyp
 
     ids = HuggingFaceTokenizer.text_to_ids
     monkeypatch.setattr(HuggingFaceTokenizer, "text_to_ids", lambda s, text: ids(s, text.lower()))
-    with pytest.raises(corpus.InputError, match="part of its work outside of its tokenizer.json"):
+    with pytest.raises(corpus.InputError, match="needs code outside of its tokenizer.json"):
         tokenization.load_hugging_face(f"{bpe[0]}_tokenizer", None, str(tmp_path))

@@ -3,7 +3,8 @@ import dataclasses
 
 import pytest
 
-from megatron_rltd.config import ConfigError, ModelFacts, RandomLTDConfig, parse_layers, resolve
+from megatron_rltd.config import ConfigError, RandomLTDConfig, parse_layers
+from megatron_rltd.resolved_config import ModelFacts, resolve
 from megatron_rltd.schedule import Progress, Schedule
 from megatron_rltd.training.arguments import add_arguments, config_from_args
 

@@ -233,4 +233,4 @@ def test_a_model_on_a_gpu_without_kernels_says_how_to_build_them(monkeypatch, ca
     kernels.warn_if_missing("cpu")
     assert not caplog.records
     kernels.warn_if_missing("cuda")
-    assert "plain torch, for the kernels are not built" in caplog.text
+    assert "plain torch, because the kernels are not built" in caplog.text

@@ -63,15 +63,15 @@ def refusal(function, *arguments) -> str:
 def test_a_torch_without_cuda(setup, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     message = refusal(setup.kernels, True)
-    assert f"torch {torch.__version__} is without CUDA; install one with CUDA" in message
+    assert f"torch {torch.__version__} has no CUDA; install a torch with CUDA" in message
 
 
 def test_no_nvcc(setup, monkeypatch, tmp_path):
     message = refusal(setup.cuda_toolkit)
-    assert f"{tmp_path}/usual (from the usual place, for no nvcc is on PATH) has no" in message
+    assert f"{tmp_path}/usual (from the usual place, because no nvcc is on PATH) has no" in message
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     message = refusal(setup.cuda_toolkit)
-    assert f"no whole CUDA toolkit, {tmp_path} (from CUDA_HOME) has no bin/nvcc; set" in message
+    assert f"no whole CUDA toolkit: {tmp_path} (from CUDA_HOME) has no bin/nvcc; set" in message
     toolkit(tmp_path / "cuda").joinpath("bin/nvcc").chmod(0o644)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     assert "has no bin/nvcc" in refusal(setup.cuda_toolkit)
@@ -111,7 +111,7 @@ def test_a_toolkit_without_the_static_runtime(setup, monkeypatch, tmp_path):
     message = refusal(setup.cuda_toolkit)
     assert f"{home} (from {home}/bin/nvcc on PATH) has no" in message
     assert "no libcudart_static.a in lib64, lib, targets/x86_64-linux/lib" in message
-    assert "; set CUDA_HOME to the folder of one" in message
+    assert "; set CUDA_HOME to the folder of a whole toolkit" in message
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_rltd.config import fewest_strata
+from megatron_rltd.resolved_config import fewest_strata
 from megatron_rltd.tokens.shards import (
     context_parallel_strata,
     sequence_parallel_strata,

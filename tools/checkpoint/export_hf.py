@@ -3,13 +3,13 @@
     python tools/checkpoint/export_hf.py --load RUN/checkpoints --output FOLDER \\
         --tokenizer TOKENIZER_FOLDER
 
-GPT-2's architecture (learned positions, LayerNorm, GELU, biases) becomes a GPT2LMHeadModel, Llama's
-(RoPE, RMSNorm, SwiGLU, no biases, with or without GQA) a LlamaForCausalLM, embeddings tied or not;
-anything else is refused. All about the model comes from the checkpoint, which
-may have been trained on any parallel layout; this is one process and needs no GPU. Of memory it
-takes about twice the model's, in the dtype that is stored; the optimizer is not read.
+GPT-2's architecture (learned positions, LayerNorm, GELU, biases) becomes a GPT2LMHeadModel. Llama's
+(RoPE, RMSNorm, SwiGLU, no biases, with or without GQA) becomes a LlamaForCausalLM. Embeddings may
+be tied or not. Anything else is refused. The checkpoint says everything about the model; you may
+have trained it on any parallel layout. The tool is one process and needs no GPU. It takes about
+twice the memory of the model, in the stored dtype, and does not read the optimizer.
 
-A checkpoint of random-LTD is an ordinary one: in evaluation nothing is dropped.
+A checkpoint of random-LTD is an ordinary one: evaluation drops nothing.
 """
 
 import argparse
@@ -32,15 +32,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="FOLDER", help="the run's --save")
-    add("--iteration", type=int, metavar="N", help="which checkpoint (the latest)")
+    add("--iteration", type=int, metavar="N", help="export this checkpoint (the latest)")
     add("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
     text = "a folder that save_pretrained wrote, or a tokenizer.json (the run's, if still there)"
     add("--tokenizer", type=Path, metavar="FOLDER", help=text)
-    add("--vocab-file", type=Path, metavar="FILE", help="of GPT-2's BPE, instead of --tokenizer")
-    add("--merge-file", type=Path, metavar="FILE", help="of GPT-2's BPE")
-    text = "tokens without padding, for want of a tokenizer"
+    add("--vocab-file", type=Path, metavar="FILE", help="GPT-2's vocab.json (or --tokenizer)")
+    add("--merge-file", type=Path, metavar="FILE", help="GPT-2's merges.txt")
+    text = "number of tokens without padding, if you have no tokenizer"
     add("--vocab-size", type=int, metavar="N", help=text)
-    add("--dtype", choices=DTYPES, help="of the weights written (as stored)")
+    add("--dtype", choices=DTYPES, help="dtype of the written weights (as stored)")
     options = parser.parse_args(argv)
     if bool(options.vocab_file) != bool(options.merge_file):
         parser.error("--vocab-file and --merge-file go together")
@@ -100,7 +100,7 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
         f"vocabulary: {vocabulary:,} tokens, {rows - vocabulary:,} rows of padding cut off",
     ]
     if family == "gpt2":
-        said.append(f"activation: {config.activation_function}, which is what the run computed")
+        said.append(f"activation: {config.activation_function}, as the run computed it")
     if tokenizer is None:
         said.append("no tokenizer: evaluation needs one, see --tokenizer")
     elif tokenizer.eos_token is None:

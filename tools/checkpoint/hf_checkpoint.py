@@ -111,7 +111,9 @@ def stored_args(folder: Path) -> Any:
         common = dist_checkpointing.load_common_state_dict(str(folder))
     args = common.get("args")
     if args is None or not hasattr(args, "layernorm_epsilon"):
-        raise ConversionError(f"--load {folder}: it lacks the arguments of a Megatron 0.17 to 0.19")
+        raise ConversionError(
+            f"--load {folder} lacks arguments of Megatron 0.17 to 0.19; give a checkpoint of these"
+        )
     return args
 
 
@@ -152,7 +154,7 @@ def _readable(folder: Path) -> Iterator[None]:
     except (Exception, CheckpointException) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise ConversionError(
-            f"--load {folder} cannot be read, a file of it is damaged or missing ({reason})"
+            f"--load {folder} cannot be read, because a file is damaged or missing ({reason})"
         ) from None
 
 

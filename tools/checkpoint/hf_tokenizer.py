@@ -101,12 +101,12 @@ def vocabulary(args: Any, tokenizer: Any, asked: int | None, rows: int) -> int:
         )
     if size > rows:
         raise ConversionError(
-            f"the vocabulary has {size} tokens and the model {rows} rows, padded: give the "
-            "--tokenizer or --vocab-size that it was trained with"
+            f"the vocabulary has {size} tokens, but the model only {rows} rows with padding: give "
+            "the --tokenizer or --vocab-size that it was trained with"
         )
     if tokenizer and len(tokenizer) > size:
         raise ConversionError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model was trained with {size}: "
+            f"the tokenizer has {len(tokenizer)} tokens, but the model was trained with {size}: "
             "give the --tokenizer that it was trained with"
         )
     return size

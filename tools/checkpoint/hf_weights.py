@@ -238,7 +238,7 @@ def check_names(family: str, shape: Shape, names: Iterable[str]) -> None:
     if missing or more:
         listed = [f"lacks {name}" for name in missing] + [f"has {name}" for name in more]
         raise ConversionError(
-            f"this is no {TITLES[family]} as Megatron's GPT stores it: the checkpoint "
+            f"this is not a {TITLES[family]} as Megatron's GPT stores it: the checkpoint "
             + ", ".join(listed[:4] + ["..."] * (len(listed) > 4))
         )
 

@@ -7,7 +7,7 @@ on any parallel layout, in Megatron-LM and here, with the flags that are printed
 
     torchrun ... -m megatron_rltd pretrain_gpt --load CHECKPOINTS --finetune <the flags> ...
 
-It holds weights and no optimizer. What Megatron's GPT would compute otherwise is refused.
+It holds weights and no optimizer. Models that Megatron's GPT would compute differently are refused.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="FOLDER", help="a new folder, to --load")
     text = "rows of the embedding are a multiple of N (128); tensor parallelism must divide it"
     add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help=text)
-    add("--seq-length", type=int, metavar="N", help="to be printed (as many as the model has)")
-    add("--dtype", choices=DTYPES, help="of the weights written (as stored)")
+    add("--seq-length", type=int, metavar="N", help="length to print (the model's positions)")
+    add("--dtype", choices=DTYPES, help="dtype of the written weights (as stored)")
     options = parser.parse_args(argv)
     for pattern in NEEDED:
         if not any(options.input.glob(pattern)):
@@ -74,7 +74,7 @@ def convert(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[str]]
     positions = config.max_position_embeddings
     if (options.seq_length or 0) > positions:
         raise hf_weights.ConversionError(
-            f"--seq-length {options.seq_length}: this model has {positions} positions; give no more"
+            f"--seq-length {options.seq_length}: the model has only {positions} positions; use less"
         )
     flags += ["--seq-length", str(options.seq_length or positions)]
     flags += ["--padded-vocab-size", str(rows)]
@@ -113,10 +113,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"import_hf: {error}", file=sys.stderr)
         return 2
     load = ["--load", str(options.output), "--finetune"]
-    print(f"{options.output}: a {config.model_type}, to be trained with\n")
+    print(f"{options.output}: a {config.model_type}; train it with\n")
     print("  " + shlex.join([*load, *flags]) + "\n")
     print(
-        "or the same with --use-checkpoint-args, by which Megatron knows all of these but for "
+        "or with --use-checkpoint-args, which replaces all of these except "
         f"{shlex.join(not_stored(flags))}"
     )
     if getattr(config, "activation_function", None) in TANH_GELUS:

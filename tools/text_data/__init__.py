@@ -1,1 +1,1 @@
-"""What makes Megatron's data sets from text."""
+"""Make Megatron's data sets from text."""

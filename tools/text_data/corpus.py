@@ -30,7 +30,7 @@ class BadRecord(InputError):
         super().__init__(message)
 
     def __str__(self):
-        return f"{super().__str__()}; correct it, or leave such documents out by --skip-bad-lines"
+        return f"{super().__str__()}; correct it, or skip such documents with --skip-bad-lines"
 
 
 class Record(NamedTuple):
@@ -72,8 +72,8 @@ def find_files(inputs: list[str], suffixes: list[str], exclude: list[str]) -> li
             if not found:
                 wanted = f"file ending in {' or '.join(suffixes)}" if suffixes else "file"
                 raise InputError(
-                    f"--input {path}: this folder has no {wanted} (hidden ones and those that "
-                    "--exclude names do not count); change --input, --suffixes or --exclude"
+                    f"--input {path}: this folder has no {wanted} (hidden and excluded files do "
+                    "not count); change --input, --suffixes or --exclude"
                 )
             files += found
         elif os.path.isfile(path):
@@ -92,7 +92,7 @@ def _walk(folder: str, suffixes: tuple[str, ...], exclude: list[str]) -> Iterato
         )
 
     def stop(problem: OSError) -> None:
-        raise problem  # os.walk would leave the folder out and say nothing
+        raise problem  # os.walk would silently skip the folder
 
     for parent, folders, names in os.walk(folder, onerror=stop):
         folders[:] = sorted(filter(is_wanted, folders))
@@ -103,7 +103,7 @@ def _walk(folder: str, suffixes: tuple[str, ...], exclude: list[str]) -> Iterato
 
 
 def read_records(files: Iterable[str]) -> Iterator[Record]:
-    """Yield the documents of the files in order. Blank lines of JSONL files are no documents.
+    """Yield the documents of the files in order. Blank lines of JSONL files are ignored.
 
     Raises:
         InputError: A compressed file is damaged, or cannot be read without a missing package.
@@ -144,7 +144,7 @@ def _blocks(path: str) -> Iterator[bytes]:
     except broken as problem:
         raise InputError(
             f"{path}: the compressed data are damaged or end early ({problem}); "
-            "get the file again or take it out of --input"
+            "get the file again or remove it from --input"
         ) from None
 
 

@@ -97,8 +97,8 @@ def load_hugging_face(path: str, eod_token: str | None, scratch: str) -> Tokeniz
     probe = "".join(["A  b\n\tc\u00e9\u65e5 ", *megatron.tokenizer.all_special_tokens, " d"])
     if backend is None or _encoder(file)(probe).tolist() != megatron.text_to_ids(probe):
         raise InputError(
-            f"--tokenizer-model {path} does part of its work outside of its tokenizer.json; "
-            "use Megatron-LM's tools/preprocess_data.py with it"
+            f"--tokenizer-model {path} needs code outside of its tokenizer.json; use it with "
+            "Megatron-LM's tools/preprocess_data.py"
         )
     return Tokenizer(megatron.vocab_size, megatron.eod, file, folder, is_new)
 
@@ -114,7 +114,7 @@ def store_hugging_face(path: str, eod_token: str | None, folder: str) -> None:
     if eod_token is not None:
         if eod_token not in tokenizer.get_vocab():
             raise InputError(
-                f"--eod-token {eod_token} is no token of {path}; name one that the model knows"
+                f"--eod-token {eod_token} is not a token of {path}; name one that the model knows"
             )
         tokenizer.eos_token = eod_token
     tokenizer.save_pretrained(folder)

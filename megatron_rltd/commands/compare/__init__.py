@@ -1,1 +1,1 @@
-"""``compare``: what finished runs say of each other."""
+"""``compare``: compare finished runs."""

@@ -1,17 +1,18 @@
-"""Compare Megatron training runs by what their TensorBoard folders say: a table and a plot.
+"""Compare Megatron training runs from their TensorBoard folders: a table and a plot.
 
     python -m megatron_rltd compare dense=runs/dense/tensorboard random-LTD=runs/ltd/tensorboard \\
         --plot comparison.png
 
-Each folder is the --tensorboard-dir of a run; nothing else need be given. For the savings, train
+Each folder is the --tensorboard-dir of a run. No other option is needed. To see the savings, train
 with --log-throughput --log-timers-to-tensorboard.
 
     python -m megatron_rltd compare --eval dense=eval/dense random-LTD=eval/ltd
 
-compares what tools/evaluation/eval_zero_shot.sh found, with or without training runs before it.
+compares the results of tools/evaluation/eval_zero_shot.sh. You can also give training runs before
+--eval.
 
-LayerTokens are the tokens that each layer processed, summed over layers. Runs that read the same
-samples are compared iso-data, runs that processed the same LayerTokens iso-compute.
+LayerTokens are the tokens that each layer processed, summed over layers. The comparison is iso-data
+if runs read the same samples, and iso-compute if they processed the same LayerTokens.
 """
 
 import argparse
@@ -44,10 +45,10 @@ from megatron_rltd.commands.text_table import aligned
 from megatron_rltd.training import tags
 
 ISO_COMPUTE_TOLERANCE = 0.01
-LEAST_SAVING = 0.01  # below it the share realised is a quotient of noise
+LEAST_SAVING = 0.01  # below it the realised share would be noise
 # Typical change of the iteration time from one log interval to the next.
 LOUD = 0.05  # worth saying
-TOO_LOUD = 0.25  # the machine had other things to do: wall-clock says nothing
+TOO_LOUD = 0.25  # the machine was busy with other work: the wall-clock time means nothing
 # Arguments that must agree for a difference between runs to be due to dropping.
 SHARED = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_experts seq_length "
@@ -111,7 +112,7 @@ def _row(name: str, run: LoggedRun, base: LoggedRun) -> dict[str, Any]:
 
 
 def verdict(rows: list[dict[str, Any]], baseline: str) -> str:
-    """Say in one line what each run has in common with the baseline."""
+    """Return one line that says what each run has in common with the baseline."""
     said = {
         (True, True): "iso-data and iso-compute (same samples, same LayerTokens)",
         (True, False): "iso-data (same samples)",
@@ -132,8 +133,8 @@ def notes(runs: dict[str, LoggedRun], baseline: str) -> list[str]:
     lines = [f"LayerTokens per sample and savings are relative to {baseline}"]
     if any(run.points(ITERATION_TIME) for run in runs.values()):
         lines.append(
-            "wall-clock is training time, without validation and checkpoints; in every run the "
-            "first log interval of each start (warm-up) counts at the pace of the next one"
+            "wall-clock is training time without validation and checkpoints; the first log "
+            "interval after each start is warm-up and counts at the pace of the next one"
         )
     return lines + [f"{', '.join(of)}: {note}" for note, of in names.items()]
 
@@ -144,7 +145,7 @@ def _notes(run: LoggedRun, base: LoggedRun, baseline: str) -> Iterator[str]:
     if not losses:
         yield "no validation loss in the log: train with --eval-interval and --eval-iters"
     elif tag != VALIDATION:
-        yield f"there are several validation sets, the loss is '{tag}'"
+        yield f"there are several validation sets; the table shows the loss '{tag}'"
     if not times or not run.points(SAMPLE_FLOPS):
         yield (
             "no iteration time or no throughput in the log: train with --log-timers-to-tensorboard "
@@ -157,21 +158,21 @@ def _notes(run: LoggedRun, base: LoggedRun, baseline: str) -> Iterator[str]:
         yield "only one log interval, so the time includes warm-up: use a smaller --log-interval"
     if jitter(run) > TOO_LOUD:
         yield (
-            f"neighbouring log intervals differ by over {TOO_LOUD:.0%}: the machine had other "
-            "things to do, so that the time says nothing"
+            f"neighbouring log intervals differ by over {TOO_LOUD:.0%}: the machine was busy with "
+            "other work, so the time means nothing"
         )
     elif jitter(run) > LOUD:
         yield f"neighbouring log intervals differ by over {LOUD:.0%}, so wall-clock is rough"
     if run.start != base.start:
-        yield f"no savings, its log begins at iteration {run.start}, {baseline}'s at {base.start}"
+        yield f"no savings: its log begins at iteration {run.start}, {baseline}'s at {base.start}"
     if run.world_sizes != base.world_sizes:
-        yield "no wall-clock saved, the runs are on different numbers of GPUs"
+        yield "no wall-clock saved: the runs used different numbers of GPUs"
     pairs = {name: (run.args.get(name), base.args.get(name)) for name in SHARED}
     unequal = [
         f"{name} {ours}, not {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs
     ]
     if unequal:
-        yield f"unlike {baseline} in more than dropping: {'; '.join(unequal)}"
+        yield f"differs from {baseline} in more than dropping: {'; '.join(unequal)}"
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -204,7 +205,7 @@ def named_folders(texts: list[str], least: int = 2) -> dict[str, Path]:
             whole = Path(text).absolute()
             name, folder = (whole.parent if whole.name == "tensorboard" else whole).name, text
         if name in folders:
-            raise LogError(f"two runs are called {name}; tell them apart as NAME=FOLDER")
+            raise LogError(f"two runs are called {name}; name each one as NAME=FOLDER")
         folders[name] = Path(folder)
     if len(folders) < least:
         raise LogError("give two or more runs, each as NAME=FOLDER")
@@ -221,11 +222,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", metavar="NAME=FOLDER", help="a run's --tensorboard-dir")
     text = "outputs of tools/evaluation/eval_zero_shot.sh"
     parser.add_argument("--eval", nargs="+", default=[], metavar="NAME=FOLDER", help=text)
-    parser.add_argument("--baseline", metavar="NAME", help="the run to compare with (the first)")
+    parser.add_argument("--baseline", metavar="NAME", help="compare with this run (the first)")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves")
-    parser.add_argument("--csv", type=Path, metavar="CSV", help="write the table, full precision")
-    parser.add_argument("--json", type=Path, metavar="JSON", help="write table and notes")
+    parser.add_argument("--csv", type=Path, metavar="CSV", help="write the table at full precision")
+    parser.add_argument("--json", type=Path, metavar="JSON", help="write the table and notes")
     options = parser.parse_args(argv)
     try:
         printed: list[str] = []
@@ -233,7 +234,9 @@ def main(argv: list[str] | None = None) -> int:
         if options.runs or not options.eval:
             printed, result = compare(options)
         elif options.baseline or options.plot or options.csv:
-            raise LogError("--baseline, --plot and --csv are for training runs: name them, too")
+            raise LogError(
+                "--baseline, --plot and --csv are for training runs: give their folders too"
+            )
         if options.eval:
             folders = named_folders(options.eval, least=1)
             found = {n: zero_shot_table.read_evaluation(f) for n, f in folders.items()}
@@ -258,7 +261,7 @@ def compare(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     folders = named_folders(options.runs)
     baseline = options.baseline or next(iter(folders))
     if baseline not in folders:
-        raise LogError(f"--baseline {baseline} is none of the runs: {', '.join(folders)}")
+        raise LogError(f"--baseline {baseline} is not one of the runs: {', '.join(folders)}")
     runs = {name: read_run(folder) for name, folder in folders.items()}
     rows, remarks = summarise(runs, baseline), notes(runs, baseline)
     if options.plot:

@@ -1,10 +1,10 @@
-"""What the TensorBoard folder of a Megatron run says about it: losses, samples, LayerTokens, time.
+"""Read the TensorBoard folder of a Megatron run: losses, samples, LayerTokens and time.
 
     run = read_run(Path("runs/dense/tensorboard"))
     run.last(tags.LAYER_TOKENS), total_flops(run), total_seconds(run)
 
-Megatron writes its arguments there too, so nothing else need be known. A restart adds an event
-file; all of a folder's files are one run. `command` compares runs and prints.
+Megatron writes its arguments there too, so the folder is enough. A restart adds an event file; all
+files of a folder are one run. `command` compares runs and prints.
 """
 
 import math
@@ -98,7 +98,10 @@ def read_run(folder: Path) -> LoggedRun:
     # A start that died before its first step replaces nothing.
     starts = [start for start in starts if start.points(SAMPLES)]
     if not starts:
-        raise LogError(f"{folder} holds no training step yet (see --tensorboard-log-interval)")
+        raise LogError(
+            f"{folder} holds no training step yet: train longer, or use a smaller "
+            "--tensorboard-log-interval"
+        )
     return join(starts)
 
 
@@ -121,10 +124,10 @@ def _read_start(log: Any) -> LoggedRun:
         return LoggedRun({}, 0, 0, frozenset(), {})
     scalars = {}
     for tag in log.Tags()["scalars"]:
-        if tag.endswith(VS_SAMPLES):  # the same again
+        if tag.endswith(VS_SAMPLES):  # the same values again
             continue
-        # The first value of an iteration: when training is done, Megatron validates once more and
-        # then writes the loss on the test set under the tag of the validation loss.
+        # Take the first value of an iteration. When training is done, Megatron validates once more
+        # and then writes the loss on the test set under the tag of the validation loss.
         first = {event.step: event.value for event in reversed(log.Scalars(tag))}
         scalars[tag] = dict(sorted(first.items()))
     if BATCH_SIZE + VS_SAMPLES in log.Tags()["scalars"]:  # Megatron writes the two together
@@ -137,9 +140,9 @@ def _read_start(log: Any) -> LoggedRun:
 def join(starts: list[LoggedRun]) -> LoggedRun:
     """Join the starts of a run, oldest first.
 
-    Each replaces what was logged beyond the checkpoint it continues. In each, the first log
-    interval holds compilation, autotuning and cold caches, so its time is set aside; the
-    iterations count at the pace of the interval that follows.
+    Each start replaces what was logged beyond the checkpoint that it continues. The first log
+    interval of a start contains compilation, autotuning and cold caches, so its time is ignored.
+    Its iterations count at the pace of the next interval.
     """
     joined: defaultdict[str, Points] = defaultdict(dict)
     for start in starts:
@@ -196,8 +199,9 @@ def at_or_after(points: Points, iterations: Iterable[int]) -> list[float]:
 def total_flops(run: LoggedRun) -> float:
     """Return the floating-point operations of the logged iterations; nan if unknown.
 
-    Those of a sample depend on the kept length alone, which is logged for each iteration. Between
-    the lengths for which Megatron reported them they are interpolated, outside them the nearest.
+    The operations of a sample depend only on the kept length, which is logged for each iteration.
+    Between the lengths for which Megatron reported them they are interpolated. Outside of these the
+    nearest length counts.
     """
     import numpy as np
 

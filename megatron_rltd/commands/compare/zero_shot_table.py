@@ -1,4 +1,4 @@
-"""What lm_eval found of several models: each task, the experiment's average, and the published one.
+"""The results of lm_eval for several models: each task, their average, and the published averages.
 
 For `compare --eval`; tools/evaluation/eval_zero_shot.sh makes the folders. The 19 tasks and the
 metric of each are those of the GPT-3 1.3B experiment (Megatron-DeepSpeed,
@@ -168,8 +168,8 @@ def reason(evaluation: dict[str, Any]) -> str | None:
     missing = [task for task in METRICS if task not in evaluation["scores"]]
     if missing:
         return (
-            f"{len(missing)} of {len(METRICS)} tasks are missing ({', '.join(missing)}), and the "
-            "average of other tasks is comparable to nothing"
+            f"{len(missing)} of {len(METRICS)} tasks are missing ({', '.join(missing)}), and an "
+            "average without them cannot be compared"
         )
     limited = [task for task in METRICS if task in evaluation["limited"]]
     if limited:
@@ -229,8 +229,8 @@ def _cell(score: Score | None) -> str:
 
 
 def notes(evaluations: dict[str, dict[str, Any]]) -> list[str]:
-    """Say why an average is missing, and what the published ones are and are not."""
-    lines = ["per cent ± standard error of drawing the questions, but for perplexities"]
+    """Say why an average is missing, and what the published averages mean."""
+    lines = ["per cent ± standard error of drawing the questions, except for perplexities"]
     for name, evaluation in evaluations.items():
         why = reason(evaluation)
         if why:
@@ -238,20 +238,20 @@ def notes(evaluations: dict[str, dict[str, Any]]) -> list[str]:
     shots = sorted(shots_of(evaluations))
     if shots:
         lines.append(
-            "multirc counts questions of which every answer is judged rightly, as lm_eval 0.2.0 "
-            "did; it takes the samples_multirc_*.jsonl of --log_samples"
+            "multirc counts questions for which every answer is judged correctly, as in lm_eval "
+            "0.2.0; it needs the samples_multirc_*.jsonl of --log_samples"
         )
     if len(shots) > 1:
         lines.append(
             f"models or tasks had different numbers of examples ({', '.join(map(str, shots))}): "
-            "compare none of them"
+            "do not compare them"
         )
     if not {*shots} <= {*PUBLISHED}:
-        lines.append("averages were published of 0 and of 10 examples, and of no other number")
+        lines.append("averages were published only for 0 and for 10 examples")
     if shots:
         lines.append(
-            "published with lm_eval 0.2.0: prompts of 0.4 differ, and triviaqa's answers are "
-            "generated: compare differences between models, not averages"
+            "the published averages are from lm_eval 0.2.0; in 0.4 prompts differ, and triviaqa's "
+            "answers are generated: compare differences between models, not averages"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""How long a Megatron-DeepSpeed run trains and what its learning rate follows, as our flags.
+"""Convert the length and the learning rate of a Megatron-DeepSpeed run to our flags.
 
 Part of `python -m megatron_rltd convert-deepspeed`. In Megatron-DeepSpeed a run of --random-ltd
 ends after --train-tokens and its learning rate follows --lr-warmup-tokens and --lr-decay-tokens,
@@ -100,7 +100,7 @@ def convert_budget(launch: Launch, run: DeepSpeedRun, result: Conversion) -> Non
         if "--train-iters" in launch and follows_tokens(launch):
             iterations = launch.integer("--train-iters") or 0
             result.add("--train-samples", run.samples(iterations, "--train-iters"))
-            why = "now --train-samples, for Megatron takes no --lr-decay-samples beside it"
+            why = "now --train-samples, because Megatron refuses --lr-decay-samples next to it"
             result.remove(launch, "--train-iters", why)
         return
     result.add("--train-layer-tokens", budget)
@@ -112,8 +112,8 @@ def convert_budget(launch: Launch, run: DeepSpeedRun, result: Conversion) -> Non
         launch.options
     ):
         result.warnings.append(
-            "the learning rate followed iterations or samples up to the limit, not tokens; say "
-            "with --lr-decay-samples how long it decays"
+            "the learning rate followed iterations or samples up to the limit, not tokens; use "
+            "--lr-decay-samples to say how long it decays"
         )
     if run.batch_size is None:
         return
@@ -129,8 +129,8 @@ def convert_budget(launch: Launch, run: DeepSpeedRun, result: Conversion) -> Non
         limit = samples // run.batch_size
     if limit is not None and limit < theirs:
         result.warnings.append(
-            f"Megatron-DeepSpeed stopped at its limit, after {limit:,} iterations; for the same, "
-            f"put --train-samples {limit * run.batch_size} in the place of --train-layer-tokens"
+            f"Megatron-DeepSpeed stopped at its limit, after {limit:,} iterations; to do the same, "
+            f"use --train-samples {limit * run.batch_size} instead of --train-layer-tokens"
         )
 
 
@@ -153,7 +153,7 @@ def convert_learning_rate(launch: Launch, run: DeepSpeedRun, result: Conversion)
     if decay is None and launch.options.get("--lr-decay-style") != ["constant"]:
         raise ConversionError(
             f"{launch.text('--lr-warmup-tokens')}: without --lr-decay-tokens the decay follows "
-            "iterations, and Megatron's learning rate can follow one thing only"
+            "iterations, but Megatron's learning rate can follow only one unit: add it"
         )
     if "--lr-warmup-fraction" in launch:
         raise ConversionError(

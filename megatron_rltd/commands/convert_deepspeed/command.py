@@ -4,11 +4,11 @@
     python -m megatron_rltd convert-deepspeed ds_config.json -- --num-layers 24 --train-tokens ...
     python -m megatron_rltd convert-deepspeed ds_config.json --launch launch.sh --pass-through
 
-The first argument is the JSON file with data_efficiency.data_routing.random_ltd. After -- or in
-the file of --launch comes the launch line of Megatron-DeepSpeed, with or without launcher and
-script: its budget and learning rate are converted too. The flags go to standard output, in one
-line; what is removed and what will be different go to standard error. The exit status is 2, and
-there are no flags, if something cannot be converted.
+The first argument is the JSON file with data_efficiency.data_routing.random_ltd. Give the launch
+line of Megatron-DeepSpeed after --, or in the file of --launch, with or without launcher and
+script. Its budget and learning rate are then converted too. The flags go to standard output, in one
+line. Standard error says what is removed and what will differ. If something cannot be converted,
+the exit status is 2 and no flags are printed.
 """
 
 import argparse
@@ -41,15 +41,8 @@ from megatron_rltd.commands.convert_deepspeed.recipe import (
     read_recipe,
     read_text,
 )
-from megatron_rltd.config import (
-    ConfigError,
-    ModelFacts,
-    RandomLTDConfig,
-    ResolvedConfig,
-    flag,
-    parse_layers,
-    resolve,
-)
+from megatron_rltd.config import ConfigError, RandomLTDConfig, flag, parse_layers
+from megatron_rltd.resolved_config import ModelFacts, ResolvedConfig, resolve
 
 ALWAYS = (
     "which tokens are kept: DeepSpeed seeds its draws alike on all data-parallel ranks, so that "
@@ -75,8 +68,8 @@ def random_ltd_config(recipe: Recipe, seq_length: int, num_layers: int) -> Rando
     layers = None if default else layer_ranges(recipe.layers)
     if low > high or low >= seq_length:
         raise ConversionError(
-            f"nothing to convert: nothing is dropped with min_value {low}, max_value {high} and "
-            f"--seq-length {seq_length}"
+            f"nothing to convert: min_value {low}, max_value {high} and --seq-length {seq_length} "
+            "drop nothing"
         )
     if low == high:
         return RandomLTDConfig(min_tokens=low, constant=True, layers=layers)
@@ -100,15 +93,15 @@ def schedule_warnings(resolved: ResolvedConfig) -> Iterator[str]:
     if low % step:
         below, above = low // step * step, min(s, -(-low // step) * step)
         yield (
-            f"min_value {low} is no multiple of seq_per_step {step}: the first "
+            f"min_value {low} is not a multiple of seq_per_step {step}: the first "
             f"{schedule.first_position(above):,} iterations keep {low} tokens here; DeepSpeed kept "
-            f"{below}, and keeps {above} since it was repaired in 2026"
+            f"{below}, and keeps {above} since a fix in 2026"
         )
     full = schedule.first_position(s)
     if full != config.ramp_iters:
         yield (
-            f"seq_per_step {step} does not divide {s}: the full length comes at iteration "
-            f"{full:,}, not {config.ramp_iters:,}, in DeepSpeed too"
+            f"seq_per_step {step} does not divide {s}: the full length starts at iteration "
+            f"{full:,}, not {config.ramp_iters:,}, as in DeepSpeed"
         )
 
 
@@ -129,7 +122,7 @@ def convert(config: object, launch: Launch, pass_through: bool = False) -> Conve
         key for key in cast(dict, config) if key not in ("train_batch_size", "data_efficiency")
     ]
     if others:
-        why = "nothing of random-LTD: say it with Megatron's own flags"
+        why = "not part of random-LTD: use Megatron's own flags"
         result.removed[", ".join(others)] = why
     if recipe.not_needed:
         result.removed[", ".join(recipe.not_needed)] = "known from the model"
@@ -137,7 +130,7 @@ def convert(config: object, launch: Launch, pass_through: bool = False) -> Conve
     num_layers = launch.integer("--num-layers") or recipe.total_layer_num
     if num_layers != recipe.total_layer_num:
         result.warnings.append(
-            f"total_layer_num is {recipe.total_layer_num}, --num-layers {num_layers}, which counts"
+            f"total_layer_num is {recipe.total_layer_num}, but --num-layers {num_layers} is used"
         )
     if recipe.layers[-1] > num_layers:
         raise ConversionError(
@@ -147,13 +140,12 @@ def convert(config: object, launch: Launch, pass_through: bool = False) -> Conve
     seq_length = launch.integer("--seq-length", "--encoder-seq-length")
     if seq_length is None:
         if recipe.min_value == recipe.max_value:
-            raise ConversionError("min_value is max_value: add the sequence, -- --seq-length N")
+            raise ConversionError("min_value equals max_value: add -- --seq-length N")
         seq_length = recipe.max_value
     batch_size = launch.integer("--global-batch-size") or recipe.batch_size
     if recipe.batch_size not in (None, batch_size):
         result.warnings.append(
-            f"train_batch_size is {recipe.batch_size}, --global-batch-size {batch_size}, which "
-            "counts"
+            f"train_batch_size is {recipe.batch_size}, but --global-batch-size {batch_size} is used"
         )
 
     options = random_ltd_config(recipe, seq_length, num_layers)
@@ -175,9 +167,8 @@ def convert(config: object, launch: Launch, pass_through: bool = False) -> Conve
     constant_batch = None if "--rampup-batch-size" in launch else batch_size
     if constant_batch is None and batch_size is not None:
         result.warnings.append(
-            "--rampup-batch-size is ignored by Megatron 0.18 and newer: say the same with "
-            "--step-batch-size-schedule, which takes the place of --global-batch-size; lengths of "
-            "the DeepSpeed run are not compared"
+            "Megatron 0.18 and newer ignore --rampup-batch-size: use --step-batch-size-schedule, "
+            "which replaces --global-batch-size; lengths are not compared with the DeepSpeed run"
         )
     run = DeepSpeedRun(resolved.schedule, num_layers, len(resolved.dropped_layers), constant_batch)
     convert_budget(launch, run, result)
@@ -225,8 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("config", type=Path, metavar="JSON", help="the DeepSpeed configuration")
     add("--launch", type=Path, metavar="FILE", help="a file with the launch line, instead of --")
-    add("--pass-through", action="store_true", help="print the rest of the launch line's flags too")
-    add("--json", action="store_true", help="print flags, removed and warnings as JSON, to stdout")
+    add("--pass-through", action="store_true", help="also print the other flags of the launch line")
+    add("--json", action="store_true", help="print flags, removals and warnings as JSON")
     options = parser.parse_args(argv[:split])
     words = argv[split + 1 :]
     try:

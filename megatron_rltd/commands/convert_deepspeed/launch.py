@@ -38,7 +38,7 @@ FORK_ONLY = set(
     """.split()
 )
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-# What does in Megatron what a flag did that is removed.
+# Megatron's replacements for removed flags.
 INSTEAD = {
     "--checkpoint-activations": RECOMPUTE,  # parsed by Megatron, which then exits
     "--deepspeed-activation-checkpointing": RECOMPUTE,
@@ -94,7 +94,7 @@ class Launch:
             number = int(value)
         except ValueError:
             raise ConversionError(
-                f"{self.text(flag)}: must be one whole number; write shell variables out"
+                f"{self.text(flag)}: must be one whole number; replace shell variables by values"
             ) from None
         if number < least:
             raise ConversionError(f"{self.text(flag)}: must be at least {least}")
@@ -118,7 +118,9 @@ def parse_words(words: list[str]) -> Launch:
             flag = name
             options[flag] = [value] if equals else []
         elif VARIABLE.match(word) and (flag is None or options[flag]):
-            raise ConversionError(f"the launch line has {word}, which may hold flags: write it out")
+            raise ConversionError(
+                f"the launch line has {word}, which may hold flags: replace it by its value"
+            )
         elif flag is not None:
             options[flag].append(word)
     if not options:

@@ -73,9 +73,9 @@ def read_json(path: Path) -> Any:
         outside = re.sub(r'"(?:\\.|[^"\\])*"', '""', text)
         words = dict.fromkeys(re.findall(r"[:\[,]\s*([A-Z][A-Z0-9]*_\w+|[A-Z]{3,}\w*)", outside))
         raise ConversionError(
-            f"{path} has placeholders that are not replaced yet: {', '.join(words)}"
+            f"{path} has placeholders: replace {', '.join(words)}"
             if words
-            else f"{path} is not JSON (comments and trailing commas are not either): {error}"
+            else f"{path} is not JSON (which allows no comments or trailing commas): {error}"
         ) from None
 
 
@@ -154,24 +154,24 @@ def read_warnings(config: Any) -> Iterator[str]:
     for path in ("data_efficiency", "data_efficiency.data_routing"):
         if section(config, path).get("enabled") is not True:
             yield (
-                f"{path}.enabled is not true; DeepSpeed drops tokens all the same, and so will "
-                "these flags"
+                f"{path}.enabled is not true; DeepSpeed drops tokens anyway, and so will these "
+                "flags"
             )
     for path, known in KNOWN.items():
         unknown = sorted(section(config, path).keys() - known.split())
         if unknown:
-            yield f"unknown in {path}, without effect in DeepSpeed and here: {', '.join(unknown)}"
+            yield f"unknown keys in {path}, ignored by DeepSpeed and here: {', '.join(unknown)}"
     if section(config, LAYER_TOKEN_LR).get("enabled"):
         yield (
-            f"{LAYER_TOKEN_LR} is not converted: DeepSpeed stops with NotImplementedError there; "
-            "what works is --layer-token-lr, with --lr-warmup-samples and --lr-decay-samples"
+            f"{LAYER_TOKEN_LR} is not converted, because DeepSpeed stops with NotImplementedError; "
+            "use --layer-token-lr with --lr-warmup-samples and --lr-decay-samples"
         )
     for path in CURRICULA:
         if section(config, path).get("enabled"):
             yield f"{path} is not converted: there is no curriculum learning here"
     if section(config, RANDOM_LTD).get("hidden_state_order") == "batch_seq_dim":
         yield (
-            "hidden_state_order batch_seq_dim is that of a model outside Megatron, the flags are "
-            "for Megatron-core's GPT and BERT; iterations are optimizer steps, as require_steps "
-            "are, while DeepSpeedExamples' logs count micro-batches"
+            "hidden_state_order batch_seq_dim belongs to a model outside Megatron, but the flags "
+            "are for Megatron-core's GPT and BERT; iterations and require_steps are optimizer "
+            "steps, but DeepSpeedExamples' logs count micro-batches"
         )

@@ -1,18 +1,18 @@
-"""Say what a training run will be before a GPU is rented for it, from the flags it is trained with.
+"""Plan a training run from its flags, before you rent a GPU for it.
 
     python -m megatron_rltd plan --gpus 64 -- --num-layers 24 ... --random-ltd ...
     python -m megatron_rltd plan --gpus 64 --tflops 400 --from train.sh
     python -m megatron_rltd plan --from flags.txt --plot plan.png -- --train-layer-tokens 200e9
     python -m megatron_rltd plan --gpus 64 --gpu h100 --from train.sh
 
-The flags are read and checked by Megatron itself, as in training. What comes after -- are flags;
-beside --from they are added to those of the file. A file holds flags, with comments and lines
-continued by a backslash if you like, or a whole command. A shell script is run only if it knows
-DRY_RUN: with DRY_RUN=1 it is to print its command instead of running it.
+Megatron itself reads and checks the flags, as in training. Give the flags after --. With --from,
+flags after -- are added to those of the file. A file holds flags or a whole command; comments and
+lines continued by a backslash are allowed. A shell script is run only if it knows DRY_RUN: with
+DRY_RUN=1 it must print its command instead of running it.
 
 The run is compared with dense runs on the same samples (iso-data) and on the same LayerTokens
-(iso-compute). With --gpu it is also estimated how much of the saving turns into time on such a GPU.
-docs/planning.md explains what is printed.
+(iso-compute). With --gpu, the plan also estimates how much time the run saves on such a GPU.
+docs/planning.md explains the output.
 """
 
 import argparse
@@ -85,8 +85,8 @@ def words_of_file(path: Path) -> list[str]:
         return words_of(text)
     if not re.search(r"^[^#\n]*DRY_RUN", text, re.MULTILINE):
         raise PlanError(
-            f"--from {path}: the script knows no DRY_RUN, so that running it would train; give its "
-            "flags after --, or in a file of flags"
+            f"--from {path}: the script does not know DRY_RUN, so running it would train; give its "
+            "flags after -- or in a file of flags"
         )
     return words_of(_dry_run(path))
 
@@ -116,7 +116,7 @@ def _dry_run(path: Path) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise PlanError(f"{message} (--help says more)")
+        raise PlanError(f"{message} (see --help)")
 
 
 def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -146,14 +146,14 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--from", type=Path, metavar="FILE", dest="file", help="a file of flags, or a script")
-    add("--gpus", type=_positive(int), metavar="N", help="world size (default: one replica's)")
-    add("--tflops", type=_positive(float), metavar="X", help="TFLOP/s per GPU, for hours")
-    add("--dense-tokens", type=_positive(int), metavar="N", help="compare with a dense run of N")
+    add("--gpus", type=_positive(int), metavar="N", help="world size (default: one replica)")
+    add("--tflops", type=_positive(float), metavar="X", help="TFLOP/s per GPU, to print hours")
+    add("--dense-tokens", type=_positive(int), metavar="N", help="and a dense run of N tokens")
     add("--gpu", choices=GPUS, help="estimate what the run saves in time on such GPUs")
-    add("--gpu-tflops", type=_positive(float), metavar="X", help="of large bf16 products, instead")
-    add("--gpu-bandwidth", type=_positive(float), metavar="X", help="of a copy, TB/s, instead")
-    add("--gpu-sms", type=_positive(int), metavar="N", help="multiprocessors, instead")
-    add("--json", action="store_true", help="print plain numbers, and more of them")
+    add("--gpu-tflops", type=_positive(float), metavar="X", help="its bf16 TFLOP/s")
+    add("--gpu-bandwidth", type=_positive(float), metavar="X", help="its copy bandwidth, TB/s")
+    add("--gpu-sms", type=_positive(int), metavar="N", help="its number of multiprocessors")
+    add("--json", action="store_true", help="print JSON with more numbers")
     add("--plot", type=Path, metavar="PNG", help="draw kept tokens and learning rate")
     options = parser.parse_args(argv[:split])
     if options.file is None and split == len(argv):

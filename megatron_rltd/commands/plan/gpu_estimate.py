@@ -1,6 +1,6 @@
-"""What a run should save on a certain GPU, and what could be changed to save more: an estimate.
+"""Estimate what a run saves on a certain GPU, and which changes would save more.
 
-By the model of `gpu_time`; nothing is measured.
+The estimate uses the model of `gpu_time`; nothing is measured.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from megatron_rltd.training import budget
 
 MICRO_BATCHES, INCREMENT, JOINED = (4, 8, 16), 128, 8  # what is compared
 LENGTHS = 9  # kept lengths shown
-# Flags of what the model knows nothing about, where they are not these.
+# The model works only with these values of Megatron's arguments.
 _WITHOUT = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -38,11 +38,15 @@ def training_of(plan: Plan) -> Training:
     """
     args = plan.args
     if plan.resolved is None:
-        raise PlanError("--gpu estimates what random-LTD saves: the run is dense")
+        raise PlanError(
+            "--gpu estimates what random-LTD saves, but the run is dense: add --random-ltd"
+        )
     unknown = [name for name, value in _WITHOUT.items() if getattr(args, name, value) != value]
     if unknown:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
-        raise PlanError(f"--gpu estimates whole, dense layers in bfloat16, not with {flags}")
+        raise PlanError(
+            f"--gpu estimates only whole, dense layers in bfloat16: omit --gpu or {flags}"
+        )
     is_grouped = args.group_query_attention
     return Training(
         seq_length=args.seq_length,

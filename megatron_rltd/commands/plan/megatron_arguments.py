@@ -67,7 +67,7 @@ def prepare(flags: list[str], training: Any) -> None:
     Args:
         training: A `megatron_rltd.training.state.Training`.
     """
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # seconds of importing what is not needed
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # saves seconds of unneeded imports
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     versions.check_installed()
@@ -102,7 +102,7 @@ def parse(flags: list[str], gpus: int | None) -> Any:
             * args.context_parallel_size
         )
     if args.use_checkpoint_args:
-        raise PlanError("--use-checkpoint-args: give the flags instead, a plan reads no checkpoint")
+        raise PlanError("--use-checkpoint-args: a plan reads no checkpoint; give the flags instead")
     if args.lr is None:
         raise PlanError("there is no learning rate: add --lr")
     return args
@@ -141,7 +141,7 @@ def set_vocabulary(args: Any) -> list[str]:
     if size is None:
         raise PlanError(
             f"the vocabulary of --tokenizer-type {args.tokenizer_type} is not known without its "
-            "files: add --vocab-size N, before padding, or --padded-vocab-size N"
+            "files: add --vocab-size N (before padding) or --padded-vocab-size N"
         )
     padded = build_tokenizer.vocab_size_with_padding(size, args, logging_enabled=False)
     args.padded_vocab_size = padded

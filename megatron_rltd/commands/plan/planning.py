@@ -1,12 +1,12 @@
-"""What a training run will be, from its flags: length, LayerTokens, FLOPs and learning rate.
+"""Plan a training run from its flags: length, LayerTokens, FLOPs and learning rate.
 
     plan = make_plan(["--num-layers", "24", ..., "--random-ltd", ...], gpus=64)
     plan.run.end.iteration, plan.run.flops, plan.run.learning_rate(plan.run.at(1000))
 
-The flags go the way that training takes with them: Megatron's parser and validation with this
-package's patches, then Megatron's own scheduler and its own count of floating-point operations. No
-process group is started, and no model, data set or tokenizer built. Megatron keeps global state, so
-that a process makes one plan.
+The flags take the same way as in training: Megatron's parser and validation with this package's
+patches, then Megatron's own scheduler and its own count of floating-point operations. No process
+group is started, and no model, data set or tokenizer is built. Megatron keeps global state, so a
+process can make only one plan.
 """
 
 import collections
@@ -21,8 +21,8 @@ from typing import Any
 from megatron_rltd.commands.plan import megatron_arguments
 from megatron_rltd.commands.plan.megatron_arguments import PlanError, refusals
 from megatron_rltd.commands.plan.planned_run import PlannedRun, segments
-from megatron_rltd.config import ResolvedConfig
 from megatron_rltd.patching import versions
+from megatron_rltd.resolved_config import ResolvedConfig
 from megatron_rltd.schedule import LayerTokenCost, Schedule
 from megatron_rltd.training import budget
 
@@ -155,7 +155,7 @@ def _run(
 ) -> PlannedRun:
     """Return a run of ``args.train_iters`` iterations."""
     if not args.train_iters:
-        raise PlanError("the run is shorter than one global batch")
+        raise PlanError("the run is shorter than one global batch: train longer")
     counted = resolved.layer_tokens if resolved else _dense_layer_tokens(args)
     found = segments(counted, budget.batch_size(args), args.train_iters)
     samples: collections.Counter[int] = collections.Counter()

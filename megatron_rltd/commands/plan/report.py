@@ -131,7 +131,7 @@ def as_numbers(plan: Plan, tflops: float | None) -> dict[str, Any]:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Return what in a plan is hardly meant, a sentence each."""
+    """Return sentences about parts of a plan that are probably not intended."""
     run, said = plan.run, []
     if run.full_length_from is None:
         last = run.segments[-1].kept

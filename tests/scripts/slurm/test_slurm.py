@@ -241,7 +241,7 @@ def test_a_job_requeues_itself_until_it_is_finished(slurm, tmp_path):
     state, output = ended(slurm, number, tmp_path)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), output
     assert [int(n) for n in re.findall(r"from iteration (\d)", output)] == [0, 2, 4]
-    assert output.count("stopped as asked to, checkpoint of iteration") == 2
+    assert output.count("stopped as requested, checkpoint of iteration") == 2
     assert output.splitlines()[-1] == "ltd_300b: finished: iteration 6 of 6"
     # One process on each node, which reach the first under an address that means something.
     ranks = sorted(set(re.findall(r"^rank .*", output, re.MULTILINE)))
@@ -287,7 +287,7 @@ def test_a_job_that_slurm_ends_requeues_itself(slurm, tmp_path, end):
     end(slurm, number, tmp_path)
     state, output = ended(slurm, number, tmp_path)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), output
-    assert "stopped as asked to, checkpoint of iteration 2 of 6; requeued" in output
+    assert "stopped as requested, checkpoint of iteration 2 of 6; requeued" in output
 
 
 def test_a_cancelled_job_is_not_requeued(slurm, tmp_path):
