@@ -2,8 +2,8 @@
 
 A stratum is one of S equal contiguous slices of the sequence. If S is a multiple of
 `resolved_config.fewest_strata`, the rows of every rank are whole strata. Each rank then keeps
-exactly its share of the kept tokens without communication. Every mapping from positions to a rank's rows is
-here.
+exactly its share of the kept tokens without communication. Every mapping from positions to a rank's
+rows is here.
 
 Layouts (Megatron-core):
     context parallel   rank r of c holds chunks r and 2c-1-r of 2c equal chunks, in this order
