@@ -366,7 +366,7 @@ def test_wrong_sequence_length_is_an_error():
     random_ltd = attached(model)
     step(random_ltd)
     tokens = torch.zeros(2, 12).long()
-    with pytest.raises(RuntimeError, match=r"12 rows .* 16 makes 16 .* attach\(seq_length"):
+    with pytest.raises(RuntimeError, match=r"12 rows .* 16 gives 16 .* attach\(seq_length"):
         model(tokens, torch.arange(12).expand(2, -1), None, labels=tokens)
 
 

@@ -286,7 +286,7 @@ FEW = {"PROCESSES": "8", **DATA}
         (
             "ltd_300b",
             {"SCALE": "smoke", "TOKENS": "1000000"},
-            "TOKENS=1000000, RAMP_ITERS=200000: of",
+            "TOKENS=1000000, RAMP_ITERS=200000: SCALE=smoke",
         ),
         (
             "ltd_300b",

@@ -179,7 +179,7 @@ def test_there_and_back(published, tmp_path, capsys):
 def test_use_checkpoint_args_and_tensor_parallelism(tmp_path, capsys):
     llama().save_pretrained(tmp_path / "hf")
     load = import_(tmp_path / "hf", tmp_path / "megatron")
-    left = capsys.readouterr().out.split("but for ")[1].strip()
+    left = capsys.readouterr().out.split("all of these except ")[1].strip()
     assert left == f"--norm-epsilon 1e-06 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE}"
     flags = f"{left} --tensor-model-parallel-size 2"
     ours = megatron_logits(load, tmp_path, flags, world_size=2)
@@ -391,7 +391,7 @@ def test_wrong_command_lines_of_the_export(trained, tmp_path, capsys):
     assert "is not a checkpoint of --ckpt-format torch_dist" in said(load=load.parent)
     assert "--tokenizer: there is no" in said("--tokenizer", tmp_path / "nothing")
     assert "go together" in said("--vocab-file", load)
-    assert "1000 tokens and the model" in said("--vocab-size", 1000)
+    assert "1000 tokens, but the model only" in said("--vocab-size", 1000)
     assert "no tokenizer can be loaded" in said("--tokenizer", load)
     assert "exists; name a new folder" in said_by(
         export_hf, ["--load", load, "--output", tmp_path], capsys
