@@ -23,7 +23,18 @@ class ConfigError(ValueError):
 
 
 class RankConfigError(ConfigError):
-    """A `ConfigError` that only some ranks may find, such as a file that is missing on one node."""
+    """A `ConfigError` that only some ranks may find, such as a file that is missing on one node.
+
+    A single problem stands on one line, so that the lines of many ranks do not mix.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text.replace("\n  -", "") if len(self.problems) == 1 else text
+
+
+class ModelError(RuntimeError):
+    """A model is not one in whose layers tokens can be dropped. Only some ranks may find this."""
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,14 @@ class ResolvedConfig:
         """
         config, schedule, s = self.config, self.schedule, self.schedule.seq_length
         length = f"{schedule.min_tokens:,} of {s:,} tokens"
-        if schedule.ramp_length is not None:
+        if schedule.min_tokens == s:
+            length = f"all {s:,}; nothing is dropped"
+        elif schedule.ramp_length is not None:
             unit = "samples" if self.ramp_in_samples else "iterations"
             root = f" with root degree {schedule.root_degree}" * (schedule.root_degree != 1)
-            length += f" at first, all after {schedule.ramp_length:,} {unit}{root}, in steps of "
+            length += (
+                f" at first, all after {schedule.first_position(s):,} {unit}{root}, in steps of "
+            )
             length += f"{schedule.increment:,}"
         dropped, layers = set(self.dropped_layers), self.model.num_layers
         full = [n for n in range(1, layers + 1) if n not in dropped]

@@ -94,8 +94,10 @@ def _check_here() -> int:
     problems = versions.find_problems()
     no_training = adapter.why_no_training() if on_cpu else None
     problems += [no_training] if no_training else []
-    if not compiled_helper.can_be_made():
-        print("\nReplaced always, because this Megatron is a wheel:")
+    is_wheel = not compiled_helper.can_be_made()
+    if is_wheel or on_cpu:
+        when = "always, because this Megatron is a wheel" if is_wheel else "with --cpu"
+        print(f"\nReplaced {when}:")
         print(mechanism.describe(compiled_helper.PATCHES))
     print("\nReplaced with --random-ltd:")
     tested = versions.tested_fingerprints()
@@ -111,5 +113,7 @@ def _check_here() -> int:
     print("\nOverridden on the attached model's own block and layers, or relied on:")
     for row in versions.rows_for_release(versions.RELIED_ON):
         print(f"  {row.target}")
-    print("".join(f"\nPROBLEM: {problem}" for problem in problems) or "\nrandom-LTD can run here.")
+    where = "here with --cpu" if on_cpu else "here"
+    lines = "".join(f"\nPROBLEM: {problem}" for problem in problems)
+    print(lines or f"\nrandom-LTD can run {where}.")
     return 1 if problems else 0

@@ -9,9 +9,9 @@ import warnings
 from pathlib import Path
 
 import megatron_rltd
-from megatron_rltd.config import ConfigError, RankConfigError
+from megatron_rltd.config import ConfigError, ModelError, RankConfigError
 from megatron_rltd.patching import mechanism, versions
-from megatron_rltd.patching.mechanism import Patch
+from megatron_rltd.patching.mechanism import Patch, PatchError
 from megatron_rltd.patching.versions import VersionError
 from megatron_rltd.refusals import refuse_command_line
 
@@ -27,25 +27,18 @@ def main(argv: list[str]) -> int:
         return _fail(f"the first argument must be a script or a command, not {argv[0]}")
     script = BUNDLED.get(argv[0], Path(argv[0]))
     if not script.is_file():
-        return _fail(f"there is no script {argv[0]}; bundled: {', '.join(BUNDLED)}")
-    # ModelError is imported late, because its module imports Megatron's model classes.
+        return _fail(f"there is no script {argv[0]}; bundled: {', '.join(BUNDLED)}", True)
     try:
         args = prepare(script, argv[1:])
         sys.argv = [str(script), *args]
         runpy.run_path(str(script), run_name="__main__")
     except KeyboardInterrupt:
         return 130
-    except (RankConfigError, VersionError) as error:
+    except (RankConfigError, VersionError, PatchError, ModelError) as error:
         return _fail(str(error), of_this_rank=True)
     except ConfigError as error:
         # Every rank finds the same error, so only one reports it.
         return _fail(str(error)) if _rank() == 0 else 2
-    except RuntimeError as error:
-        from megatron_rltd.model.block import ModelError
-
-        if isinstance(error, ModelError):
-            return _fail(str(error), of_this_rank=True)
-        raise
     return 0
 
 
@@ -159,7 +152,7 @@ def _fail(message: str, of_this_rank: bool = False) -> int:
         of_this_rank: Whether other ranks may not have this problem.
     """
     who = "megatron_rltd"
-    if of_this_rank and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if of_this_rank:
         who += f" on {socket.gethostname()}, rank {_rank()}"
     print(f"{who}: {message}", file=sys.stderr, flush=True)
     return 2

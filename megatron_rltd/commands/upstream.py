@@ -92,7 +92,7 @@ def compare(root: Path, installed: Path, rows: Iterable[Patch]) -> tuple[str, in
         there, here = find_source(root, target), find_source(installed, target)
         there_hash = there and mechanism.hash_source(there)
         same = [v for v, tested_hash in tested.get(target, {}).items() if tested_hash == there_hash]
-        if same or there == here:
+        if same or (target not in tested and there == here):
             lines.append(f"  {'as in ' + same[-1] if same else 'as in use':<12}  {target}")
             continue
         changed += 1

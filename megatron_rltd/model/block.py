@@ -21,12 +21,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_rltd.config import ModelError
 from megatron_rltd.model.kept import KeptTokens
 from megatron_rltd.tokens.ops import exchange_tokens, merge_tokens, split_tokens
-
-
-class ModelError(RuntimeError):
-    """random-LTD cannot drop tokens in the layers of this model."""
 
 
 class BorrowedRows:

@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rltd.config import ConfigError, RandomLTDConfig, flag
+from megatron_rltd.config import ConfigError, ModelError, RandomLTDConfig, RankConfigError, flag
 from megatron_rltd.model import routers
 from megatron_rltd.model.block import (
     LayerPlan,
-    ModelError,
     check_layers,
     plan_angles,
     plan_ends,
@@ -57,11 +56,11 @@ class RandomLTD:
             resolved: What the config means for the model, if you know it before the model exists.
 
         Raises:
-            ConfigError: The backend that ``config.backend`` asks for is not there.
+            RankConfigError: The backend that ``config.backend`` asks for is not there.
         """
         self.config = config
         self.step: Step | None = None
-        self._resolved = resolved
+        self._given = self._resolved = resolved
         self._micro_batch: int | None = None
         self._passes: collections.Counter[int] = collections.Counter()  # of this step, by block
         self._joined = (1, 0)  # micro-batches of the run in a pass, and samples of each
@@ -72,7 +71,7 @@ class RandomLTD:
             self._library = ops.find_library(config.backend)
         except ValueError as error:
             way_out = f"or use {flag('backend')} auto"
-            raise ConfigError(
+            raise RankConfigError(
                 [f"{flag('backend')} {config.backend}: {error}; {way_out}"]
             ) from error
 
@@ -83,7 +82,13 @@ class RandomLTD:
             raise RuntimeError("random-LTD: attach a model first")
         return self._resolved
 
-    def attach(self, model: Any, seq_length: int | None = None, seed: int = 1234) -> "RandomLTD":
+    def attach(
+        self,
+        model: Any,
+        seq_length: int | None = None,
+        seed: int = 1234,
+        micro_batch_size: int = 1,
+    ) -> "RandomLTD":
         """Make the decoder (BERT: encoder) layers of a model drop tokens.
 
         Args:
@@ -91,6 +96,8 @@ class RandomLTD:
                 chunks of this pipeline rank. All ranks must attach the same config.
             seq_length: Tokens per sample; default: the model's ``max_sequence_length``.
             seed: Seed of the sampling if the config has none.
+            micro_batch_size: Samples of a micro-batch. FP8 needs a multiple of 16 or 32 rows, and a
+                larger micro-batch needs fewer tokens for that.
 
         Raises:
             ConfigError: The config does not fit the model, or the model uses something that
@@ -99,6 +106,8 @@ class RandomLTD:
             VersionError: random-LTD was not tested with this version of Megatron.
         """
         versions.check_versions(versions.find_problems())
+        if self._blocks:
+            raise ModelError("random-LTD is attached already: call detach() first")
         models = list(_language_models(model if isinstance(model, (list, tuple)) else [model]))
         if not models:
             raise ModelError("random-LTD: there is no GPTModel or BertModel to drop tokens in")
@@ -108,9 +117,13 @@ class RandomLTD:
         ]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
-        if self._resolved is None:
-            seq_length = seq_length or models[0].max_sequence_length
-            facts = ModelFacts.of(blocks[0].config, seq_length=seq_length, seed=seed)
+        if self._given is None:
+            facts = ModelFacts.of(
+                blocks[0].config,
+                seq_length=seq_length or models[0].max_sequence_length,
+                seed=seed,
+                micro_batch_size=micro_batch_size,
+            )
             self._resolved = resolve(self.config, facts)
         dropped = set(self.resolved.dropped_layers)
         blocks = [b for b in blocks if any(n.layer_number in dropped for n in b.layers)]
@@ -136,7 +149,7 @@ class RandomLTD:
                 del module.forward
         for router in self._routers:
             routers.undo(router)
-        self._blocks, self._routers = [], []
+        self._blocks, self._routers, self._resolved = [], [], self._given
 
     def begin_step(self, iteration: int, consumed_samples: int) -> Step:
         """Begin a training step, and return what it keeps and costs.

@@ -14,7 +14,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -40,7 +40,7 @@ class Patch:
     """
 
     target: str
-    wrapper: Callable[[Any], Any]
+    wrapper: Callable[[Any], Any] = field(compare=False)  # so that a new one is no new patch
     reason: str
     parameters: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()

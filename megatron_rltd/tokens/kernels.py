@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 import os
+import socket
 from pathlib import Path
 
 import torch
@@ -61,10 +62,11 @@ def _missing_in_library() -> str | None:
 
 
 def warn_if_missing(device_type: str) -> None:
-    """Log, on one rank, how to build the kernels if a model on a GPU has none."""
-    from megatron.core.utils import log_single_rank
-
+    """Log, on one rank of each node, how to build the kernels if a model on a GPU has none."""
     missing = missing_for(device_type) if device_type == "cuda" else None
-    if missing:
-        text = f"random-LTD: tokens move in plain torch, because the kernels are {missing}"
-        log_single_rank(logging.getLogger(__name__), logging.WARNING, text)
+    if missing and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        logging.getLogger(__name__).warning(
+            "random-LTD: on %s tokens move in plain torch, because the kernels are %s",
+            socket.gethostname(),
+            missing,
+        )

@@ -71,9 +71,10 @@ def _report(lengths: list[int]) -> None:
     from megatron.training import print_rank_0
 
     peak = torch.cuda.max_memory_allocated() / 2**30
+    *others, last = map(str, lengths)
+    listed = f"{', '.join(others)} and {last}" if others else last
     print_rank_0(
-        f"random-LTD: preflight with {', '.join(map(str, lengths[:-1]))} and {lengths[-1]} kept "
-        "tokens passed"
+        f"random-LTD: preflight with {listed} kept tokens passed"
         + (f"; peak memory on rank 0: {peak:.1f} GiB" if torch.cuda.is_available() else "")
     )
 

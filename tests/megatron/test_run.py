@@ -10,6 +10,7 @@ import pytest
 from megatron_rltd.config import FIELDS, flag
 from megatron_rltd.cpu import adapter
 from megatron_rltd.patching import versions
+from megatron_rltd.pretrain import compiled_helper
 from megatron_rltd.training import patches
 from megatron_rltd.training.state import Training
 from tests.megatron.test_training import BASE, LTD
@@ -92,7 +93,9 @@ def test_check_lists_every_patch():
         assert f"ok       {patch.target}" in output
     for patch in versions.rows_for_release(adapter.PATCHES):
         assert patch.target in output
-    assert "random-LTD can run here." in output
+    assert "random-LTD can run here with --cpu." in output
+    for patch in compiled_helper.PATCHES:
+        assert patch.target in output
 
 
 def test_help_has_our_flags():
@@ -205,8 +208,8 @@ def test_a_rank_without_a_gpu_says_so(script):
     assert "trained" in outputs[0] and "trained" in outputs[1]
     (line,) = [line for line in outputs[2].splitlines() if line.startswith("megatron_rltd")]
     assert line.startswith(f"megatron_rltd on {socket.gethostname()}, rank 2: cannot run")
-    assert "no CUDA device is visible to this process" in outputs[2]
-    assert "add --cpu to the script's arguments" in outputs[2]
+    assert "no CUDA device is visible to this process" in line
+    assert "add --cpu to the script's arguments" in line
     assert "trained" not in outputs[2]
 
 

@@ -126,12 +126,13 @@ class Runs:
         """
         result = Result(row, processes(row.layout))
         low_precision = any(feature.low_precision for feature in row.chosen)
-        if not low_precision and not is_control(row):
-            result.limit = 0.0 if is_same_order(row) else TOLERANCE
         try:
             result.loss, result.norm = self._differences(row, plain=False)
         except (RankError, RuntimeError) as error:
             result.message = _reason(error)
+        if not low_precision and not is_control(row):
+            # Gradients are clipped by the norm: if that is rounded otherwise, so are the weights.
+            result.limit = 0.0 if is_same_order(row) and not result.norm else TOLERANCE
         result.verdict = _verdict(result)
         if with_plain or result.verdict in (OVER, FAILED):
             try:
