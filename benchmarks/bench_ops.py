@@ -3,7 +3,7 @@
     python benchmarks/bench_ops.py                    on the GPU, else the CPU
     python benchmarks/bench_ops.py --micro-batch-size 1 4 8 16 --shares 0.06 0.5 0.95
     python benchmarks/bench_ops.py --quick --plot     tiny, to see that it works
-    python benchmarks/bench_ops.py --from benchmarks/results/bench_ops-nvidia-h200.json --plot
+    python benchmarks/bench_ops.py --from benchmarks/results/bench_ops-MACHINE.json --plot
 
 First each op alone, forward; then what a run of layers does, forward and with backward, with
 nothing between the moves. All that is compared is measured in turn in one process, beside a copy of

@@ -107,10 +107,8 @@ class ResolvedConfig:
         elif schedule.ramp_length is not None:
             unit = "samples" if self.ramp_in_samples else "iterations"
             root = f" with root degree {schedule.root_degree}" * (schedule.root_degree != 1)
-            length += (
-                f" at first, all after {schedule.first_position(s):,} {unit}{root}, in steps of "
-            )
-            length += f"{schedule.increment:,}"
+            length += f" at first, all after {schedule.first_position(s):,} {unit}{root}"
+            length += f", in steps of {schedule.increment:,}"
         dropped, layers = set(self.dropped_layers), self.model.num_layers
         full = [n for n in range(1, layers + 1) if n not in dropped]
         share = "one draw for each " + ("micro-batch" if config.shared_indices else "sample")

@@ -12,11 +12,12 @@ VOCAB, SEQ, BATCH = 31, 16, 3
 
 
 @contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """Megatron's parallel state for a single CPU process."""
+def one_process(with_adapter: bool = True) -> Iterator[None]:
+    """Megatron's parallel state for a single CPU process, whose device is the CPU or already is."""
     from megatron_rltd.cpu import adapter
 
-    with adapter.enabled(), tempfile.TemporaryDirectory() as folder:
+    device = adapter.enabled() if with_adapter else contextlib.nullcontext()
+    with device, tempfile.TemporaryDirectory() as folder:
         from megatron.core import parallel_state, tensor_parallel
 
         torch.distributed.init_process_group(

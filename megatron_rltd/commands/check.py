@@ -50,10 +50,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _touched() -> tuple[Patch, ...]:
     """Return a row for each function of Megatron that is replaced or relied on."""
+    from megatron_rltd.cpu import adapter
+    from megatron_rltd.pretrain import compiled_helper
     from megatron_rltd.training import patches
     from megatron_rltd.training.state import Training
 
-    return patches.patches_of(Training()) + versions.RELIED_ON
+    rows = patches.patches_of(Training()) + versions.RELIED_ON
+    rows += compiled_helper.PATCHES + adapter.PATCHES
+    return tuple(row for row in rows if row.target.startswith("megatron."))
 
 
 def _check_against(other: Path) -> int:
@@ -107,9 +111,8 @@ def _check_here() -> int:
         print(
             f"  {'ok     ' if not found else 'PROBLEM'}  {patch.target}\n           {patch.reason}"
         )
-    if on_cpu:
-        print("\nReplaced with --cpu, to present the CPU to Megatron as its device:")
-        print(mechanism.describe(versions.rows_for_release(adapter.PATCHES)))
+    print("\nReplaced with --cpu, to present the CPU to Megatron as its device:")
+    print(mechanism.describe(versions.rows_for_release(adapter.PATCHES)))
     print("\nOverridden on the attached model's own block and layers, or relied on:")
     for row in versions.rows_for_release(versions.RELIED_ON):
         print(f"  {row.target}")

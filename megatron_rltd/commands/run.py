@@ -5,6 +5,7 @@ import os
 import runpy
 import socket
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -18,16 +19,17 @@ from megatron_rltd.refusals import refuse_command_line
 # Flags that Megatron knows only with our patches.
 OUR_FLAGS = ("-h", "--help", "--random-ltd", "--layer-token-lr", "--train-layer-tokens")
 BUNDLED = {"pretrain_gpt": Path(megatron_rltd.__file__).parent / "pretrain" / "pretrain_gpt.py"}
+WAIT_S = 5
 CPU_FLAG, CPU_VARIABLE = "--cpu", "MEGATRON_RLTD_CPU"
 
 
 def main(argv: list[str]) -> int:
     """Run a script; return the exit status."""
     if argv[0].startswith("-"):
-        return _fail(f"the first argument must be a script or a command, not {argv[0]}")
+        return _fail_alike(f"the first argument must be a script or a command, not {argv[0]}")
     script = BUNDLED.get(argv[0], Path(argv[0]))
     if not script.is_file():
-        return _fail(f"there is no script {argv[0]}; bundled: {', '.join(BUNDLED)}", True)
+        return _fail(f"there is no script {argv[0]}; bundled: {', '.join(BUNDLED)}")
     try:
         args = prepare(script, argv[1:])
         sys.argv = [str(script), *args]
@@ -35,10 +37,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except (RankConfigError, VersionError, PatchError, ModelError) as error:
-        return _fail(str(error), of_this_rank=True)
+        return _fail(str(error))
     except ConfigError as error:
-        # Every rank finds the same error, so only one reports it.
-        return _fail(str(error)) if _rank() == 0 else 2
+        return _fail_alike(str(error))
     return 0
 
 
@@ -145,14 +146,18 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _fail(message: str, of_this_rank: bool = False) -> int:
-    """Say why a run ends before it has begun; return the exit status.
-
-    Args:
-        of_this_rank: Whether other ranks may not have this problem.
-    """
-    who = "megatron_rltd"
-    if of_this_rank:
-        who += f" on {socket.gethostname()}, rank {_rank()}"
+def _fail(message: str) -> int:
+    """Say why this rank ends before it began; return the exit status."""
+    who = f"megatron_rltd on {socket.gethostname()}, rank {_rank()}"
     print(f"{who}: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _fail_alike(message: str) -> int:
+    """Say once on each node why every rank ends before it began; return the exit status."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"megatron_rltd: {message}", file=sys.stderr, flush=True)
+    else:
+        # torchrun ends all ranks when the first one ends, perhaps before one has said why.
+        time.sleep(WAIT_S)
     return 2

@@ -301,8 +301,8 @@ def enable() -> AppliedPatches:
     if not is_needed():
         raise RankConfigError(
             [
-                "--cpu works only if no CUDA device is visible: omit --cpu, or hide the GPUs with "
-                "CUDA_VISIBLE_DEVICES="
+                "--cpu works only if no CUDA device is visible: omit --cpu and MEGATRON_RLTD_CPU, "
+                "or hide the GPUs with CUDA_VISIBLE_DEVICES="
             ]
         )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

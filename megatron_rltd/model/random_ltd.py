@@ -64,6 +64,7 @@ class RandomLTD:
         self._micro_batch: int | None = None
         self._passes: collections.Counter[int] = collections.Counter()  # of this step, by block
         self._joined = (1, 0)  # micro-batches of the run in a pass, and samples of each
+        self._is_attached = False  # a stage may have no block in which tokens drop
         self._blocks: list[Any] = []
         self._routers: list[Any] = []
         self._on_device = cached_on_device()
@@ -106,8 +107,8 @@ class RandomLTD:
             VersionError: random-LTD was not tested with this version of Megatron.
         """
         versions.check_versions(versions.find_problems())
-        if self._blocks:
-            raise ModelError("random-LTD is attached already: call detach() first")
+        if self._is_attached:
+            raise ModelError("random-LTD: already attached; call detach() first")
         models = list(_language_models(model if isinstance(model, (list, tuple)) else [model]))
         if not models:
             raise ModelError("random-LTD: there is no GPTModel or BertModel to drop tokens in")
@@ -135,9 +136,9 @@ class RandomLTD:
             _override(block, functools.partial(self._run_block, block, block.forward))
             for layer in block.layers:
                 _override(layer, functools.partial(run_layer, layer, layer.forward))
-        self._blocks += blocks
+        self._blocks, self._is_attached = blocks, True
         if self.config.grow_micro_batch > 1:
-            self._routers += [router for m in models for router in routers.routers_of(m)]
+            self._routers = [router for m in models for router in routers.routers_of(m)]
             for router in self._routers:
                 routers.balance_each(router, lambda: self._joined)
         return self
@@ -150,6 +151,7 @@ class RandomLTD:
         for router in self._routers:
             routers.undo(router)
         self._blocks, self._routers, self._resolved = [], [], self._given
+        self._is_attached = False
 
     def begin_step(self, iteration: int, consumed_samples: int) -> Step:
         """Begin a training step, and return what it keeps and costs.

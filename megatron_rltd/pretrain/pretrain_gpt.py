@@ -128,8 +128,8 @@ def check_data_path(args: Any) -> None:
         if not file.is_file() or not file.stat().st_size
     ]
     if not prefixes:
-        problems.append("there is no data: give --data-path PREFIX or --mock-data")
-    elif blend and not problems:
+        raise ConfigError(["there is no data: give --data-path PREFIX or --mock-data"])
+    if blend and not problems:
         for prefix in blend[0]:
             problems += empty_sets(args.split or "969, 30, 1", prefix)  # Megatron's default
     if problems:

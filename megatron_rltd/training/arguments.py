@@ -70,8 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def config_from_args(args: Any) -> RandomLTDConfig:
-    """Return the config that a parsed Megatron namespace holds."""
-    return RandomLTDConfig(**{name: getattr(args, FLAG_PREFIX + name) for name in FIELDS})
+    """Return the config that a parsed Megatron namespace holds.
+
+    A checkpoint of an older version has no value for an option that is newer: it gets the default.
+    """
+    values = {name: FLAG_PREFIX + name for name in FIELDS if hasattr(args, FLAG_PREFIX + name)}
+    return RandomLTDConfig(**{name: getattr(args, held) for name, held in values.items()})
 
 
 def facts_from_args(args: Any) -> ModelFacts:

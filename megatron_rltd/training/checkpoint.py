@@ -93,7 +93,7 @@ def check_learning_rate(checkpoint_args: Any, args: Any) -> None:
             "give the same, or add --override-opt-param-scheduler to change the length of the run "
             "and of its learning rate"
         )
-    if problems and not args.use_checkpoint_opt_param_scheduler:
+    if problems:
         raise ConfigError(problems)
 
 

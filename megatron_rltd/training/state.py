@@ -111,6 +111,7 @@ class Training:
         """
         result = original(*args, **kwargs)
         if self.random_ltd is not None:
+            self.random_ltd.detach()  # from the model of an earlier start in this process
             self.random_ltd.attach(result[0])
             self._describe()
             self.continue_run()
@@ -270,6 +271,8 @@ class Training:
             print_rank_0(f"random-LTD: {line}")
 
     def _use(self, random_ltd: RandomLTD, args: Any) -> None:
+        if self.random_ltd is not None:
+            self.random_ltd.detach()  # from a model that was built before
         self.random_ltd = random_ltd
         if isinstance(self._scheduler, LayerTokenScheduler):
             self._scheduler.random_ltd = random_ltd

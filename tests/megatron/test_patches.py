@@ -8,6 +8,7 @@ import types
 import pytest
 
 from megatron_rltd.patching import mechanism, versions
+from megatron_rltd.patching.mechanism import PatchError
 from megatron_rltd.training import patches
 from megatron_rltd.training.arguments import add_arguments
 from megatron_rltd.training.state import Training
@@ -80,6 +81,15 @@ def test_apply_and_revert_leave_no_trace():
     assert set(changed) == {name for name, value in before.items() if value is not None}
     applied.revert()
     assert all(resolved()[name] is value for name, value in before.items())
+
+
+def test_the_table_is_applied_once():
+    applied = patches.apply(Training())
+    try:
+        with pytest.raises((versions.VersionError, PatchError), match="is already patched"):
+            patches.apply(Training())
+    finally:
+        applied.revert()
 
 
 def test_an_unknown_source_stops_everything(monkeypatch):

@@ -187,6 +187,27 @@ def test_detach_gives_the_model_back():
     attached(model)
 
 
+def test_another_model_is_resolved_anew():
+    random_ltd = attached(gpt.build())
+    assert random_ltd.resolved.dropped_layers == (2, 3, 4, 5)
+    with pytest.raises(RuntimeError, match="already attached"):
+        random_ltd.attach(gpt.build(num_layers=4))
+    random_ltd.detach()
+    random_ltd.attach(gpt.build(num_layers=4), seq_length=12)
+    assert random_ltd.resolved.dropped_layers == (2, 3)
+    assert random_ltd.resolved.model.seq_length == 12
+
+
+def test_fp8_needs_whole_rows_of_the_attached_model():
+    model = gpt.build()
+    model.decoder.config.fp8 = "e4m3"
+    with pytest.raises(ConfigError, match="must be a multiple of 16: FP8 needs"):
+        attached(model, min_tokens=8)
+    config = RandomLTDConfig(min_tokens=8, constant=True, increment=1)
+    ltd = RandomLTD(config).attach(model, micro_batch_size=2)
+    assert ltd.resolved.model.row_multiple == 16
+
+
 def test_each_micro_batch_and_sample_keeps_its_own_tokens():
     model = gpt.build()
     random_ltd = attached(model)

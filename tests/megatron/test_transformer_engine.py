@@ -196,8 +196,9 @@ def _patched() -> str:
     from megatron.core.models.common.embeddings import rope_utils
 
     from megatron_rltd.training import patches
+    from megatron_rltd.training.state import Training
 
-    applied = patches.apply()
+    applied = patches.apply(Training())
     function = rope_utils.fused_apply_rotary_pos_emb
     applied.revert()
     return f"{function.func.__name__} {function.args[0].__module__}"

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from megatron_rltd.config import ConfigError, RandomLTDConfig
+from megatron_rltd.config import RandomLTDConfig, RankConfigError
 from megatron_rltd.model.block import BorrowedRows
 from megatron_rltd.model.random_ltd import RandomLTD
 from megatron_rltd.tokens import kernels, ops, reference
@@ -446,5 +446,27 @@ def test_kernels_that_are_not_there(monkeypatch):
     message = (
         "--random-ltd-backend cuda: the kernels are not built; or use --random-ltd-backend auto"
     )
-    with pytest.raises(ConfigError, match=message):
+    # One node's kernels may be missing: that rank must say so.
+    with pytest.raises(RankConfigError, match=message):
         RandomLTD(RandomLTDConfig(ramp_iters=9, backend="cuda"))
+
+
+class _OwnOps(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the ops of our library, which compiled kernels implement."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.namespace == "megatron_rltd"
+        return function(*args, **(kwargs or {}))
+
+
+def test_plain_torch_calls_no_kernel(backend):
+    hidden, tokens = (torch.ones(n, 2, 3, requires_grad=True) for n in (5, 2))
+    indices = torch.tensor([[0, 3], [1, 2]], dtype=torch.int32)
+    with _OwnOps() as own:
+        kept = gather_tokens(hidden, indices)
+        scatter_tokens(hidden, tokens * kept, indices).sum().backward()
+    assert (own.count == 0) == (backend == "torch")

@@ -101,7 +101,8 @@ def page(results: list[Result], command: str, versions: dict[str, str], minutes:
         '  the steps; "plain", "plain-norm": the same without `--random-ltd`, measured where it',
         "  decides, or everywhere `--with-plain`.",
         f'- "limit": of the loss. {TOLERANCE:.0e}, 0 where a layout adds the same numbers in the',
-        f"  same order as one process and has the same norm; that must be within {TOLERANCE:.0e}. In",
+        "  same order as one process and has the same norm; that must be within "
+        f"{TOLERANCE:.0e}. In",
         f"  bf16 {TIMES_PLAIN} times plain Megatron's own difference of the loss.",
         "- `python tools/dev/check_layouts.py --list` says what the names stand for.",
         "",
