@@ -63,6 +63,8 @@ def test_what_is_no_script(line, message):
 
 @pytest.mark.parametrize("flag", ["--sft", "--dataloader-inter-document-masking"])
 def test_data_that_the_bundled_script_does_not_read(flag):
+    if flag.startswith("--dataloader") and versions.release() < (0, 19):
+        pytest.skip("a flag of Megatron 0.19")
     status, output = cli(f"pretrain_gpt {BASE} {LTD} --no-rope-fusion {flag}")
     assert status == 2
     said = f"- {flag} does not work with this script: use the pretrain_gpt.py of Megatron-LM"
