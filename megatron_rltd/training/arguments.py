@@ -85,6 +85,7 @@ def facts_from_args(args: Any) -> ModelFacts:
         seq_length=args.seq_length,
         seed=args.seed,
         micro_batch_size=args.micro_batch_size,
+        pattern=getattr(args, "hybrid_layer_pattern", None),
     )
 
 
