@@ -90,6 +90,7 @@ def prepare(script: Path, args: list[str]) -> list[str]:
     replaced += compiled_helper.use(even_in_clone=on_cpu).patches
     if any(argument.startswith(OUR_FLAGS) for argument in args):
         refuse_command_line(args)
+        versions.allow_untested(args)
         from megatron_rltd.training import patches
         from megatron_rltd.training.state import Training
 
