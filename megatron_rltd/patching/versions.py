@@ -157,9 +157,9 @@ def describe_untested(patches: tuple[Patch, ...] = ()) -> str:
     bar = "!" * 78
     listed = "".join(f"\n  - {target}" for target in differing)
     return (
-        f"{bar}\nmegatron_rltd WARNING: megatron-core {megatron_version()} is not one that random-LTD "
-        f"was tested with ({', '.join(tested_versions())}). You asked to run anyway. The sources of "
-        f"these functions are not as in any tested version:{listed}\n"
+        f"{bar}\nmegatron_rltd WARNING: megatron-core {megatron_version()} is not one that "
+        f"random-LTD was tested with ({', '.join(tested_versions())}). You asked to run anyway. "
+        f"The sources of these functions are not as in any tested version:{listed}\n"
         "If one of them changed what random-LTD relies on, training is wrong without an error. "
         f"python -m megatron_rltd check --against PATH prints their diffs.\n{bar}"
     )

@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         UNTESTED_FLAG,
         action="store_true",
-        help="Run on a Megatron whose sources random-LTD was not tested with, if the functions that "
-        "it replaces have the parameters that it needs. What differs is printed as a warning.",
+        help="Run on a Megatron whose sources random-LTD was not tested with, if the functions "
+        "that it replaces have the parameters that it needs. A warning says what differs.",
     )
     return parser
 
