@@ -161,6 +161,9 @@ _NO_DEVICE = "there is no CUDA device to ask"
 _IN_ORDER = "a CPU runs everything in order"
 _RNG = "the CPU's generator is the device's generator"
 _EQUAL_SHARES = "gloo gathers and scatters only equal shares; experts under TP have unequal ones"
+_TE = "takes modules from Transformer Engine, of which Megatron's own have the same parameters"
+_HYBRID = "megatron.core.models.hybrid"
+_MLA = "megatron.core.transformer.multi_latent_attention"
 _ADAM = "counts steps per group; the distributed optimizer cannot resume without that"
 
 # The functions that Megatron asks for a tensor on "cuda" by that name.
@@ -226,7 +229,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
         modules.attention_init,
-        "refuses context parallelism",
+        "refuses context parallelism, and values of another head size than keys",
         parameters=("config",),
     ),
     Patch(
@@ -234,6 +237,26 @@ PATCHES: tuple[Patch, ...] = (
         modules.attention_forward,
         "knows only this rank's part of a context-parallel sequence",
         parameters=("query", "key", "value", "attention_mask"),
+    ),
+    Patch(
+        f"{_MLA}:MLASelfAttention._qkv_down_projection",
+        modules.latent_down_projection,
+        "under TP, each rank's gradient of the key positions misses the other ranks' heads",
+        parameters=("hidden_states",),
+    ),
+    Patch(f"{_MLA}:TELinear", modules.local_module("TELinear"), _TE, copies=("megatron",)),
+    Patch(
+        f"{_HYBRID}.hybrid_layer_specs:hybrid_stack_spec.submodules",
+        modules.local_modules,
+        _TE,
+        since=(0, 18),
+    ),
+    Patch(
+        f"{_HYBRID}.hybrid_block:TENorm",
+        modules.local_module("TENorm"),
+        _TE,
+        copies=("megatron",),
+        since=(0, 18),
     ),
     Patch(
         "megatron.core.tensor_parallel.layers:reduce_from_tensor_model_parallel_region",

@@ -225,10 +225,14 @@ def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def attention_init(original):
-    """Build torch's attention under context parallelism as if there were none."""
+    """Build torch's attention for any layout, and for keys and values of different head sizes.
+
+    Under context parallelism it is built as if there were none. Multi-latent attention gives the
+    sizes, and a softmax scale of its own, as it gives them to Transformer Engine's attention.
+    """
 
     @functools.wraps(original)
-    def init(self, config, *args, **kwargs):
+    def init(self, config, *args, k_channels=None, v_channels=None, **kwargs):
         original(self, _replaced(config, context_parallel_size=1), *args, **kwargs)
         self.config = config
 
@@ -236,7 +240,7 @@ def attention_init(original):
 
 
 def attention_forward(original):
-    """Attention on packed sequences and under context parallelism.
+    """Attention on packed sequences, under context parallelism and with any size of the values.
 
     Packed sequences are masked by document. Under context parallelism keys and values are
     all-gathered and masked by their true positions.
@@ -244,16 +248,67 @@ def attention_forward(original):
 
     @functools.wraps(original)
     def forward(self, query, key, value, attention_mask, *args, **kwargs):
+        # The original takes keys' head size for values'; multi-latent attention has two.
+        self.hidden_size_per_partition = query.size(-2) * value.size(-1)
         packed = kwargs.pop("packed_seq_params", None)
         if packed is not None:
             mask = _document_mask(packed, query.size(0))
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-            return original(self, query, key, value, mask, *args, **kwargs)
+            # [t, n * d], as Transformer Engine returns it: the caller cuts values out of that.
+            return original(self, query, key, value, mask, *args, **kwargs).squeeze(1)
         if self.config.context_parallel_size > 1:
             key, value, attention_mask = _gather_context(self, query, key, value, attention_mask)
         return original(self, query, key, value, attention_mask, *args, **kwargs)
 
     return forward
+
+
+def latent_down_projection(original):
+    """Let the gradient of multi-latent attention's key positions come from all heads.
+
+    All heads share these positions, and each tensor-parallel rank has some of the heads. Megatron
+    sums their gradients only behind a duplicated layer under sequence parallelism
+    (``megatron/core/transformer/multi_latent_attention.py:get_query_key_value_tensors``). Otherwise
+    each rank would train on the gradients of its own heads.
+    """
+
+    @functools.wraps(original)
+    def project(self, hidden_states):
+        from megatron.core.tensor_parallel import mappings
+
+        queries, latent = original(self, hidden_states)
+        group = self.linear_kv_up_proj.tp_group
+        sizes = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
+        whole = latent.size(-1) == sum(sizes)
+        if group.size() == 1 or (whole and self.config.sequence_parallel):
+            return queries, latent
+        if not whole:
+            latent = mappings.gather_from_tensor_model_parallel_region(latent, group=group)
+        if self.config.sequence_parallel:
+            return queries, mappings.scatter_to_sequence_parallel_region(latent, group=group)
+        compressed, positions = latent.split(sizes, dim=-1)
+        positions = mappings.copy_to_tensor_model_parallel_region(positions, group=group)
+        return queries, torch.cat([compressed, positions], dim=-1)
+
+    return project
+
+
+def local_modules(original):
+    """Give a spec Megatron's own modules for those that are Transformer Engine's."""
+    from megatron_rltd.cpu import transformer_engine
+
+    return transformer_engine.local_modules(original)
+
+
+def local_module(name):
+    """Return a wrapper that replaces the Transformer Engine's class of that name."""
+
+    def wrapper(original):
+        from megatron_rltd.cpu import transformer_engine
+
+        return transformer_engine.LOCAL[name]
+
+    return wrapper
 
 
 def _document_mask(packed, tokens):
