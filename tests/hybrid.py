@@ -29,7 +29,7 @@ class Recurrence(torch.nn.Module):
         return hidden_states + torch.stack(states)
 
 
-def stack_spec(num_experts=None, multi_latent_attention=False, q_lora=False):
+def stack_spec(num_experts=None, is_latent=False):
     """Return a HybridStack's spec of modules that need no GPU, without a final norm."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -57,7 +57,7 @@ def stack_spec(num_experts=None, multi_latent_attention=False, q_lora=False):
         submodules=HybridStackSubmodules(
             mamba_layer=ModuleSpec(module=Recurrence),
             attention_layer=layer(mlp=False),
-            mla_layer=layer(mlp=False, latent=True) if multi_latent_attention else IdentityOp,
+            mla_layer=layer(mlp=False, latent=is_latent),
             mlp_layer=layer(mlp=True),
             moe_layer=layer(mlp=True, experts=num_experts or 4),
         ),
@@ -71,7 +71,7 @@ def build(pattern, rotary=None, **options):
     settings = gpt.config(num_layers=len(pattern.replace("|", "")), is_hybrid_model=True, **options)
     model = HybridModel(
         settings,
-        stack_spec(settings.num_moe_experts),
+        stack_spec(settings.num_moe_experts, settings.multi_latent_attention),
         vocab_size=gpt.VOCAB,
         max_sequence_length=gpt.SEQ,
         hybrid_layer_pattern=pattern,
