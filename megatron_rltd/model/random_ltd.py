@@ -115,6 +115,11 @@ class RandomLTD:
                 "random-LTD: there is no GPTModel, HybridModel (of megatron-core 0.18 or newer) or "
                 "BertModel to drop tokens in"
             )
+        is_hybrid = hasattr(models[0], "hybrid_layer_pattern")
+        if self._given is not None and is_hybrid != bool(self._given.model.groups):
+            built = f"this script builds a {type(models[0]).__name__}"
+            way_out = "a HybridModel is built by pretrain_hybrid.py and --hybrid-layer-pattern"
+            raise ConfigError([f"--hybrid-layer-pattern does not fit: {built}; {way_out}"])
         blocks = [m.decoder if hasattr(m, "decoder") else m.encoder for m in models]
         problems = [
             problem for b in blocks for problem in find_refused_in_model(b.config, self.config)
@@ -132,7 +137,7 @@ class RandomLTD:
             self._resolved = resolve(self.config, facts)
         blocks = [b for b in blocks if self._groups_dropping(b)]
         for block in blocks:
-            check_layers(block, is_hybrid=bool(self.resolved.model.groups))
+            check_layers(block, is_hybrid)
         if self.config.backend != "torch":
             kernels.warn_if_missing(next(blocks[0].parameters()).device.type if blocks else "cpu")
         for block in blocks:
