@@ -163,7 +163,8 @@ class ResolvedConfig:
         ]
         if self.model.groups:
             lines.insert(2, f"groups of layers by their symbols: {_list_groups(self.model)}")
-            lines[-1] += ", with each group counted alike; the FLOPs count what each layer costs"
+            if len(set(self.model.groups)) > 1:
+                lines[-1] += ", with each group counted alike; the FLOPs are of what each costs"
         if config.grow_micro_batch > 1:
             lines.append(self.joined_in_words(num_micro_batches))
         return lines

@@ -110,3 +110,19 @@ def test_experts_resume_and_spread_over_ranks(tmp_path):
 def test_bad_command_lines(arguments, script, said):
     with pytest.raises(RankError, match=said):
         train(f"{arguments} {LTD}", script=script)
+
+
+LATENT = (
+    "--multi-latent-attention --q-lora-rank 12 --kv-lora-rank 16 --qk-head-dim 8 "
+    "--qk-pos-emb-head-dim 4 --v-head-dim 8 --qk-layernorm --rope-type yarn --no-rope-fusion "
+    "--normalization RMSNorm --disable-bias-linear"
+)
+SHARDED = "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"
+
+
+def test_latent_attention_is_the_same_on_many_ranks():
+    alone = train(f"{BASE} {LTD} {LATENT}")
+    assert_same(train(f"{BASE} {LTD} {LATENT} {SHARDED}", 4), alone, 1e-5)
+    in_stack = train_hybrid("+-+-+-+-", LATENT)
+    assert_same(train_hybrid("+-+-+-+-", f"{LATENT} {SHARDED}", 4), in_stack, 1e-5)
+    assert in_stack.kept == alone.kept
