@@ -8,9 +8,9 @@
     python -m megatron_rltd compare ...                  how finished runs compare
     python -m megatron_rltd convert-deepspeed ...        a DeepSpeed configuration as flags
 
-SCRIPT is a path, or pretrain_gpt for the script that comes with this package. Add --cpu to ARGS (or
-set MEGATRON_RLTD_CPU=1) to run on the CPU of a machine without a GPU. Each command has its own
---help.
+SCRIPT is a path, or the name of a script that comes with this package: pretrain_gpt or
+pretrain_hybrid. Add --cpu to ARGS (or set MEGATRON_RLTD_CPU=1) to run on the CPU of a machine
+without a GPU. Each command has its own --help.
 """
 
 import importlib
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         return importlib.import_module(command).main(argv[1:])
     from megatron_rltd.commands.run import main as run
 
-    return run(argv)
+    return run(argv, [name for name in COMMANDS if not name.startswith("-")])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import megatron_rltd
@@ -24,13 +25,18 @@ WAIT_S = 5
 CPU_FLAG, CPU_VARIABLE = "--cpu", "MEGATRON_RLTD_CPU"
 
 
-def main(argv: list[str]) -> int:
-    """Run a script; return the exit status."""
+def main(argv: list[str], commands: Iterable[str] = ()) -> int:
+    """Run a script; return the exit status.
+
+    Args:
+        commands: What the user may have meant.
+    """
     if argv[0].startswith("-"):
         return _fail_alike(f"the first argument must be a script or a command, not {argv[0]}")
     script = BUNDLED.get(argv[0], Path(argv[0]))
     if not script.is_file():
-        return _fail(f"there is no script {argv[0]}; bundled: {', '.join(BUNDLED)}")
+        known = f"bundled: {', '.join(BUNDLED)}; commands: {', '.join(commands)}"
+        return _fail(f"there is no script {argv[0]}; {known}")
     try:
         args = prepare(script, argv[1:])
         sys.argv = [str(script), *args]

@@ -89,6 +89,7 @@ def _forgotten(model: list[Any], optimizer: Any, config: Any) -> Iterator[None]:
     """Undo everything that forward and backward passes leave behind, except memory."""
     from megatron.core import tensor_parallel
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     # As Megatron does around its evaluation: results outside of a step must not be rerun.
     rerun = get_rerun_state_machine()
@@ -97,7 +98,9 @@ def _forgotten(model: list[Any], optimizer: Any, config: Any) -> Iterator[None]:
     states = torch.get_rng_state(), torch.cuda.get_rng_state(), tracker.get_states()
     # Statistics of the routers, such as the counts that their biases follow.
     buffers = [(b, b.clone()) for chunk in model for _, b in chunk.named_buffers()]
-    losses = {name: values.clone() for name, values in auxiliary_losses().items()}
+    # Sums since the last log line.
+    logged = [auxiliary_losses, lambda: _tensors(MTPLossLoggingHelper.tracker)]
+    before = [{name: v.clone() for name, v in sums().items()} for sums in logged]
 
     def finish_reduction(model: list[Any], *args: Any, **kwargs: Any) -> None:
         # Megatron's own would also update the routers' biases.
@@ -118,8 +121,13 @@ def _forgotten(model: list[Any], optimizer: Any, config: Any) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        for name, values in auxiliary_losses().items():
-            values.copy_(losses[name]) if name in losses else values.zero_()
+        for sums, old in zip(logged, before, strict=True):
+            for name, values in sums().items():
+                values.copy_(old[name]) if name in old else values.zero_()
+
+
+def _tensors(values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 @contextlib.contextmanager

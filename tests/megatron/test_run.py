@@ -51,7 +51,11 @@ def test_usage():
     ("line", "message"),
     [
         ("--chekc", "the first argument must be a script or a command, not --chekc"),
-        ("missing.py --num-layers 2", "there is no script missing.py; bundled: pretrain_gpt"),
+        (
+            "plna -- --num-layers 2",
+            "there is no script plna; bundled: pretrain_gpt, pretrain_hybrid; commands: check, "
+            "plan, compare, convert-deepspeed",
+        ),
     ],
 )
 def test_what_is_no_script(line, message):

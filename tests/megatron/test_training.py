@@ -341,15 +341,18 @@ def test_preflight_with_the_distributed_optimizer():
     assert_same(train(f"{arguments} --random-ltd-preflight", 2), train(arguments, 2))
 
 
-def test_preflight_leaves_the_statistics_of_routers_alone():
+def test_preflight_leaves_what_is_logged_and_the_statistics_of_routers_alone():
     options = (
         "--num-experts 4 --moe-router-topk 2 --moe-router-score-function sigmoid "
         "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.05 "
         "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01 "
-        "--disable-bias-linear"
+        "--disable-bias-linear --mtp-num-layers 1"
     )
     plain = train(f"{BASE} {LTD} {options}")
     ours = train(f"{BASE} {LTD} {options} --random-ltd-preflight")
+    logged = [re.findall(r"mtp_1 loss: (\S+)", run.output) for run in (ours, plain)]
+    assert logged[0] == logged[1]
+    assert len(logged[0]) == STEPS
     assert "preflight with" in ours.output
     assert_same(ours, plain)
 
