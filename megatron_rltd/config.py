@@ -69,7 +69,13 @@ class RandomLTDConfig:
 
     layers: str | None = None
     """Layers that drop tokens: comma-separated numbers and ranges such as 2-11,14-23, counted from
-    1 like Megatron's layer_number. Default: all but the first and the last."""
+    1 like Megatron's layer_number. Default: all but the first and the last. In a HybridModel, the
+    numbers count groups: an attention or recurrent layer and the MLP or MoE layers after it."""
+
+    recurrent_layers: bool = False
+    """In a HybridModel, let groups with a Mamba or gated-delta-net layer drop tokens too. The kept
+    tokens are a shorter sequence to such a layer. By default these groups see all tokens, because
+    their state passes over every position."""
 
     strata: int = 0
     """Number of equal slices of the sequence; each slice keeps the same number of tokens. 0: the
@@ -122,6 +128,9 @@ def flag(field: str) -> str:
 def options_in_force(config: RandomLTDConfig, num_layers: int) -> dict[str, Any]:
     """Return the options that decide what a run computes; equal for configs that mean the same.
 
+    Args:
+        num_layers: In a HybridModel, the number of groups.
+
     Raises:
         ValueError: See `parse_layers`.
     """
@@ -134,6 +143,9 @@ def options_in_force(config: RandomLTDConfig, num_layers: int) -> dict[str, Any]
 
 def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
     """Return the layer numbers of ``--random-ltd-layers``, ascending.
+
+    Args:
+        num_layers: In a HybridModel, the number of groups.
 
     Raises:
         ValueError: Not numbers and ranges, out of 1..num_layers, or the same layer twice.

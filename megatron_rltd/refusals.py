@@ -43,6 +43,10 @@ def packs_sequences(args: Any) -> Any:
     return getattr(args, "sft", None) or getattr(args, "dataloader_inter_document_masking", None)
 
 
+def _is_hybrid(args: Any) -> Any:
+    return getattr(args, "hybrid_layer_pattern", None) or getattr(args, "is_hybrid_model", None)
+
+
 def _grows(args: Any) -> bool:
     return getattr(args, "random_ltd_grow_micro_batch", 1) > 1
 
@@ -78,25 +82,31 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal("--tp-comm-overlap", _truthy("tp_comm_overlap"), _STATIC),
     Refusal(
-        "--multi-latent-attention",
-        _truthy("multi_latent_attention"),
-        "numbers the positions of its input 0, 1, 2, ... inside the layer",
-        "use ordinary attention or --group-query-attention, or train without --random-ltd",
+        "--multi-latent-attention with fused rotary embeddings",
+        lambda args: (
+            getattr(args, "multi_latent_attention", None)
+            and getattr(args, "apply_rope_fusion", None)
+        ),
+        "takes one set of positions for all samples",
+        "add --no-rope-fusion",
     ),
     Refusal(
         "--experimental-attention-variant",
-        _truthy("experimental_attention_variant"),
+        # In a HybridModel it is for the layers of the symbol D alone, which never drop.
+        lambda args: (
+            getattr(args, "experimental_attention_variant", None)
+            and not (_is_hybrid(args) and args.experimental_attention_variant == "dsa")
+        ),
         "shares positions or states between layers that would see different tokens",
     ),
     Refusal(
-        "--hybrid-context-parallel", _truthy("hybrid_context_parallel"), "splits samples unevenly"
+        "--random-ltd-recurrent-layers with packed sequences",
+        lambda args: getattr(args, "random_ltd_recurrent_layers", None) and packs_sequences(args),
+        "needs the boundaries of documents in a form that random-LTD does not make",
+        "omit --random-ltd-recurrent-layers",
     ),
     Refusal(
-        "--hybrid-layer-pattern",
-        lambda args: (
-            getattr(args, "hybrid_layer_pattern", None) or getattr(args, "is_hybrid_model", None)
-        ),
-        "has layers that are not transformer layers",
+        "--hybrid-context-parallel", _truthy("hybrid_context_parallel"), "splits samples unevenly"
     ),
     Refusal(
         "--moe-flex-dispatcher-backend hybridep",

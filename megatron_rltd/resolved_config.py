@@ -4,11 +4,13 @@ All problems are found before anything is built, and reported together. What ran
 run with is in `refusals`.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_rltd.config import ConfigError, RandomLTDConfig, flag, format_ranges, parse_layers
+from megatron_rltd.groups import RECURRENT, SPARSE, number_layers, split_pattern
 from megatron_rltd.schedule import LayerTokenCost, Schedule
 
 
@@ -18,7 +20,8 @@ class ModelFacts:
 
     Attributes:
         seq_length: s, the tokens of a sample.
-        num_layers: Layers of the decoder (or BERT's encoder) over all pipeline stages.
+        num_layers: Layers of the decoder (or BERT's encoder) over all pipeline stages; in a
+            HybridModel, groups of layers (see `megatron_rltd.groups`).
         micro_batch_size: Samples of a micro-batch; 1 if it is not known.
         sequence_parallel_size: The tensor-parallel size under sequence parallelism, else 1.
         context_parallel_size: The context-parallel size.
@@ -27,6 +30,7 @@ class ModelFacts:
             chunk, or None.
         row_multiple: The rows of a dropped layer on one rank must be a multiple of this (FP8).
         seed: The seed if the config has none.
+        groups: The symbols of each group of a HybridModel; empty if each layer is a group.
     """
 
     seq_length: int
@@ -38,10 +42,17 @@ class ModelFacts:
     passes_of_chunk: int | None = None
     row_multiple: int = 1
     seed: int = 1234
+    groups: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, config: Any, *, seq_length: int, seed: int, micro_batch_size: int = 1
+        cls,
+        config: Any,
+        *,
+        seq_length: int,
+        seed: int,
+        micro_batch_size: int = 1,
+        pattern: str | None = None,
     ) -> "ModelFacts":
         """Return what Megatron says about a model and its layout.
 
@@ -49,14 +60,16 @@ class ModelFacts:
             config: A ``TransformerConfig`` or Megatron's validated arguments, which use the same
                 names.
             micro_batch_size: 1 if it is not known.
+            pattern: The ``hybrid_layer_pattern`` of a HybridModel.
         """
+        groups = split_pattern(pattern) if pattern else ()
         is_block_scaled = getattr(config, "fp8_recipe", None) == "mxfp8"
         fp4 = getattr(config, "fp4", None)
         has_fp8 = bool(getattr(config, "fp8", None) or fp4)
         tensor_parallel_size = config.tensor_model_parallel_size
         return cls(
             seq_length=seq_length,
-            num_layers=config.num_layers,
+            num_layers=len(groups) or config.num_layers,
             micro_batch_size=micro_batch_size,
             sequence_parallel_size=tensor_parallel_size if config.sequence_parallel else 1,
             context_parallel_size=config.context_parallel_size,
@@ -64,7 +77,29 @@ class ModelFacts:
             passes_of_chunk=_interleaved_passes(config),
             row_multiple=(32 if is_block_scaled or fp4 else 16) if has_fp8 else 1,
             seed=seed,
+            groups=groups,
         )
+
+    def why_full(self, number: int, recurrent_layers: bool) -> str | None:
+        """Return why a group cannot drop tokens, or None if it can.
+
+        Args:
+            number: Of the group, from 1.
+            recurrent_layers: Whether recurrent layers may drop.
+        """
+        symbols = self.groups[number - 1] if self.groups else ""
+        for symbol in symbols:
+            if symbol in RECURRENT and not recurrent_layers:
+                return (
+                    f"group {number} ({symbols}) has a {RECURRENT[symbol]} layer, whose state "
+                    f"passes over every position: add {flag('recurrent_layers')}, or leave it out"
+                )
+            if symbol in SPARSE:
+                return (
+                    f"group {number} ({symbols}) has {SPARSE[symbol]}, which shares positions "
+                    "between layers: leave it out"
+                )
+        return None
 
 
 @dataclass(frozen=True)
@@ -74,7 +109,7 @@ class ResolvedConfig:
     Attributes:
         schedule: The kept length; its position counts samples if `ramp_in_samples`.
         ramp_in_samples: Whether the schedule's position is samples consumed, not iterations.
-        dropped_layers: Layer numbers from 1, ascending.
+        dropped_layers: Layer numbers from 1, ascending; in a HybridModel, group numbers.
         strata: S.
         seed: Seed of the sampling.
     """
@@ -86,6 +121,11 @@ class ResolvedConfig:
     dropped_layers: tuple[int, ...]
     strata: int
     seed: int
+
+    @functools.cached_property
+    def group_of(self) -> dict[int, int]:
+        """Megatron's layer number to the number by which `dropped_layers` knows the layer."""
+        return number_layers(self.model.groups, self.model.num_layers)
 
     @property
     def layer_tokens(self) -> LayerTokenCost:
@@ -110,16 +150,21 @@ class ResolvedConfig:
             length += f" at first, all after {schedule.first_position(s):,} {unit}{root}"
             length += f", in steps of {schedule.increment:,}"
         dropped, layers = set(self.dropped_layers), self.model.num_layers
+        what = "groups of layers" if self.model.groups else "layers"
         full = [n for n in range(1, layers + 1) if n not in dropped]
         share = "one draw for each " + ("micro-batch" if config.shared_indices else "sample")
         cost = self.layer_tokens.per_sample(schedule.kept_tokens(0)) / self.layer_tokens.dense
         lines = [
             f"kept tokens: {length}",
-            f"layers that drop: {format_ranges(self.dropped_layers)} of {layers}; layers that see "
+            f"{what} that drop: {format_ranges(self.dropped_layers)} of {layers}; {what} that see "
             f"all tokens: {format_ranges(full) or 'none'}",
             f"draws: seed {self.seed}, {self.strata} strata, {share}",
             f"LayerTokens of the first step: {cost:.1%} of a dense one's",
         ]
+        if self.model.groups:
+            lines.insert(2, f"groups of layers by their symbols: {_list_groups(self.model)}")
+            if len(set(self.model.groups)) > 1:
+                lines[-1] += ", with each group counted alike; the FLOPs are of what each costs"
         if config.grow_micro_batch > 1:
             lines.append(self.joined_in_words(num_micro_batches))
         return lines
@@ -171,6 +216,26 @@ def _interleaved_passes(config: Any) -> int | None:
     return row or config.pipeline_model_parallel_size
 
 
+def _list_groups(model: ModelFacts) -> str:
+    numbers: dict[str, list[int]] = {}
+    for number, group in enumerate(model.groups, 1):
+        numbers.setdefault(group, []).append(number)
+    return "; ".join(f"{group}: {format_ranges(found)}" for group, found in numbers.items())
+
+
+def _nothing_to_drop(model: ModelFacts, reasons: dict[int, str | None]) -> str:
+    if not model.groups:
+        return (
+            f"a model of --num-layers {model.num_layers} has no middle layer to drop tokens in; "
+            f"choose layers with {flag('layers')}"
+        )
+    found = "; ".join(reason for reason in reasons.values() if reason)
+    return (
+        f"no group of the --hybrid-layer-pattern drops tokens by default ({_list_groups(model)}): "
+        + (found or f"the first and the last see all; choose groups with {flag('layers')}")
+    )
+
+
 def fewest_strata(sequence_parallel_size: int = 1, context_parallel_size: int = 1) -> int:
     """Return the smallest S with which every rank holds whole strata (`tokens.shards`)."""
     chunks = 2 * context_parallel_size if context_parallel_size > 1 else 1
@@ -211,13 +276,20 @@ def resolve(config: RandomLTDConfig, model: ModelFacts) -> ResolvedConfig:
     layers: tuple[int, ...] = ()
     try:
         layers = parse_layers(config.layers, model.num_layers)
-        require(
-            bool(layers),
-            f"a model of --num-layers {model.num_layers} has no middle layer to drop tokens in; "
-            f"choose layers with {flag('layers')}",
-        )
+        reasons = {n: model.why_full(n, config.recurrent_layers) for n in layers}
+        if config.layers is None:
+            layers = tuple(n for n in layers if reasons[n] is None)
+            require(bool(layers), _nothing_to_drop(model, reasons))
+        else:
+            problems += [f"{flag('layers')} {config.layers}: {r}" for r in reasons.values() if r]
     except ValueError as error:
-        problems.append(f"{flag('layers')} {config.layers}: {error}")
+        listed = f" (groups of the hybrid pattern: {_list_groups(model)})" * bool(model.groups)
+        problems.append(f"{flag('layers')} {config.layers}: {error}{listed}")
+    require(
+        not config.recurrent_layers or bool(set(RECURRENT) & set("".join(model.groups))),
+        f"{flag('recurrent_layers')} does nothing without a --hybrid-layer-pattern that has "
+        f"recurrent layers ({', '.join(RECURRENT)}): omit it",
+    )
 
     needed = fewest_strata(model.sequence_parallel_size, model.context_parallel_size)
     strata = config.strata or needed

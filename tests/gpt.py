@@ -34,9 +34,10 @@ def one_process(with_adapter: bool = True) -> Iterator[None]:
 
 def config(**options):
     """Return a small TransformerConfig without dropout and fused kernels."""
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    return TransformerConfig(
+    kind = MLATransformerConfig if options.get("multi_latent_attention") else TransformerConfig
+    return kind(
         **{
             "hidden_size": 16,
             "num_attention_heads": 4,

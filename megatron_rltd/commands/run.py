@@ -18,7 +18,8 @@ from megatron_rltd.refusals import refuse_command_line
 
 # Flags that Megatron knows only with our patches.
 OUR_FLAGS = ("-h", "--help", "--random-ltd", "--layer-token-lr", "--train-layer-tokens")
-BUNDLED = {"pretrain_gpt": Path(megatron_rltd.__file__).parent / "pretrain" / "pretrain_gpt.py"}
+_FOLDER = Path(megatron_rltd.__file__).parent / "pretrain"
+BUNDLED = {name: _FOLDER / f"{name}.py" for name in ("pretrain_gpt", "pretrain_hybrid")}
 WAIT_S = 5
 CPU_FLAG, CPU_VARIABLE = "--cpu", "MEGATRON_RLTD_CPU"
 
@@ -90,6 +91,7 @@ def prepare(script: Path, args: list[str]) -> list[str]:
     replaced += compiled_helper.use(even_in_clone=on_cpu).patches
     if any(argument.startswith(OUR_FLAGS) for argument in args):
         refuse_command_line(args)
+        versions.allow_untested(args)
         from megatron_rltd.training import patches
         from megatron_rltd.training.state import Training
 

@@ -1,4 +1,4 @@
-"""The plan of one forward pass through a TransformerBlock, and the rows that its layers borrow.
+"""The plan of one forward pass through a block of layers, and the rows that its layers borrow.
 
 The plan is made when the block's forward starts, and it travels with the pass. It says what each
 layer keeps, where real hidden states are needed in between, and which layers are checkpointed one
@@ -8,6 +8,8 @@ The hidden state stays where it is; layers borrow rows of it and give them back.
 
     H ── split ──> x ─ layer i ─> y ── exchange ──> x' ─ layer i+1 ─> y' ── merge ──> H'
            └─────> buffer ─────────────────┴───────────> buffer ──────────────┘
+
+Layers of one group (`megatron_rltd.groups`) keep the same tokens: between them, nothing moves.
 
 Shapes: s sequence length on this rank, b micro batch, h hidden size, k kept tokens on this rank.
 """
@@ -52,7 +54,8 @@ class BorrowedRows:
         Args:
             hidden_states: [s, b, h]: the real ones if nothing is borrowed, otherwise exactly what
                 the previous `give_back` returned.
-            indices: [b, k] int32, rows on this rank.
+            indices: [b, k] int32, rows on this rank. The tensor that the previous layer had means
+                the same rows, and these then stay as they are.
 
         Raises:
             RuntimeError: Something replaced the buffer between two layers.
@@ -64,6 +67,8 @@ class BorrowedRows:
                 "random-LTD: something replaced the hidden states between two dropped layers; "
                 "choose --random-ltd-layers so that they are not neighbours"
             )
+        elif indices is self._indices:
+            tokens, self._tokens = self._tokens, None
         else:
             tokens, self._buffer = exchange_tokens(
                 self._library, self._buffer, self._tokens, self._indices, indices
@@ -91,8 +96,8 @@ class LayerPlan(PackedSeqParams):
     """What the layers of one block need to know of one forward pass.
 
     It reaches them in place of ``packed_seq_params``. Only this argument goes from
-    ``TransformerBlock`` to its layers unchanged, both in forward and in recomputation. So the plan
-    is a ``PackedSeqParams``, with the attributes of the block's own.
+    ``TransformerBlock`` and ``HybridStack`` to their layers unchanged, both in forward and in
+    recomputation. So the plan is a ``PackedSeqParams``, with the attributes of the block's own.
 
     Attributes:
         packed_seq_params: The block's own argument or None, for the layers that do not drop.
@@ -126,8 +131,11 @@ class LayerPlan(PackedSeqParams):
         self.borrowed = BorrowedRows(library)
 
 
-def check_layers(block: Any) -> None:
+def check_layers(block: Any, is_hybrid: bool = False) -> None:
     """Check that every layer of a block is a transformer layer, and that none is attached yet.
+
+    Args:
+        is_hybrid: Whether it is a ``HybridStack``, in which other layers may stand.
 
     Raises:
         ModelError: A layer fails the check.
@@ -136,7 +144,7 @@ def check_layers(block: Any) -> None:
 
     if "forward" in vars(block):
         raise ModelError("random-LTD: this model is already attached; call detach() first")
-    for layer in block.layers:
+    for layer in () if is_hybrid else block.layers:
         if not isinstance(layer, TransformerLayer):
             raise ModelError(
                 f"random-LTD: layer {layer.layer_number} is a {type(layer).__name__}, not a "

@@ -1,4 +1,4 @@
-"""One Megatron transformer layer on kept tokens: sub-sample its arguments and call it.
+"""One layer of a Megatron model on kept tokens: sub-sample its arguments and call it.
 
 The layer itself is Megatron's own and is not changed. A `block.LayerPlan` says what each layer of a
 block keeps in one forward pass.
@@ -16,22 +16,24 @@ from torch import Tensor
 
 from megatron_rltd.model.block import LayerPlan
 from megatron_rltd.model.kept import KeptTokens
+from megatron_rltd.model.latent_attention import at_true_positions
 from megatron_rltd.model.packed import kept_packed_angles, kept_packed_seq_params
 from megatron_rltd.tokens.ops import select_mask
 
 
-def run_layer(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+def run_layer(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
     """Run a layer as its block called it, on kept tokens if a plan says so.
 
     Args:
-        layer: A ``TransformerLayer``.
+        layer: A ``TransformerLayer``, or a recurrent layer of a ``HybridStack``.
         original: Its own forward.
         args, kwargs: What the block passes; ``packed_seq_params`` may be a `LayerPlan`.
 
     Returns:
-        What the layer returns: (hidden states [s, b, h], context).
+        What the layer returns: (hidden states [s, b, h], context), or only the hidden states.
 
-    Source: ``megatron/core/transformer/transformer_block.py:TransformerBlock.forward``.
+    Source: ``megatron/core/transformer/transformer_block.py:TransformerBlock.forward``,
+    ``megatron/core/models/hybrid/hybrid_block.py:HybridStack.forward``.
     """
     plan = kwargs.get("packed_seq_params")
     if not isinstance(plan, LayerPlan):
@@ -44,26 +46,35 @@ def run_layer(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> tupl
     if kept is not None:
         hidden_states = plan.borrowed.borrow(hidden_states, kept.rows)
 
-    def run(hidden_states: Tensor) -> tuple[Tensor, Any]:
+    def run(hidden_states: Tensor) -> Any:
+        if kept is None:
+            return original(hidden_states=hidden_states, **kwargs)
         # Recomputation makes the masks of the kept tokens again. If they were stored for backward,
         # they could outweigh the hidden states that are not stored. Angles: `block.plan_angles`.
-        arguments = kwargs
-        if kept is not None:
-            is_ready = kwargs.get("rotary_pos_emb") is plan.rotary
-            angles = plan.angles.get(layer.layer_number) if is_ready else None
-            arguments = subsample(kwargs, kept, plan.library, angles)
-        return original(hidden_states=hidden_states, **arguments)
+        is_ready = kwargs.get("rotary_pos_emb") is plan.rotary
+        angles = plan.angles.get(layer.layer_number) if is_ready else None
+        arguments = subsample(kwargs, kept, plan.library, angles)
+        packed = plan.packed_seq_params
+
+        def gather(own: Tensor) -> Tensor:
+            return gather_angles(own, {0: kept}, packed, plan.library)[0]
+
+        with at_true_positions(layer, kept, packed, gather):
+            return original(hidden_states=hidden_states, **arguments)
 
     if layer.layer_number in plan.recomputed:
         from megatron.core import tensor_parallel
 
         distribute = layer.config.distribute_saved_activations
-        tokens, context = tensor_parallel.checkpoint(run, distribute, hidden_states)
+        output = tensor_parallel.checkpoint(run, distribute, hidden_states)
     else:
-        tokens, context = run(hidden_states)
-    if kept is not None:
-        tokens = plan.borrowed.give_back(tokens, layer.layer_number in plan.ends)
-    return tokens, context
+        output = run(hidden_states)
+    if kept is None:
+        return output
+    is_last = layer.layer_number in plan.ends
+    if isinstance(output, tuple):
+        return plan.borrowed.give_back(output[0], is_last), *output[1:]
+    return plan.borrowed.give_back(output, is_last)
 
 
 # What a dropped layer cannot take.

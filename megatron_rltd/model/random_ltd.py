@@ -7,7 +7,7 @@
         ...                                               # Megatron's forward-backward function
         random_ltd.end_step()
 
-`attach` replaces the forward of the model's transformer block and of its layers, on these instances
+`attach` replaces the forward of the model's block of layers and of each layer, on these instances
 only. Nothing is patched globally, no module is added and no parameter is renamed. Evaluation mode
 and everything outside a step run at full length.
 """
@@ -93,8 +93,8 @@ class RandomLTD:
         """Make the decoder (BERT: encoder) layers of a model drop tokens.
 
         Args:
-            model: A Megatron-core GPTModel or BertModel, wrapped or not, or the list of model
-                chunks of this pipeline rank. All ranks must attach the same config.
+            model: A Megatron-core GPTModel, HybridModel or BertModel, wrapped or not, or the list
+                of model chunks of this pipeline rank. All ranks must attach the same config.
             seq_length: Tokens per sample; default: the model's ``max_sequence_length``.
             seed: Seed of the sampling if the config has none.
             micro_batch_size: Samples of a micro-batch. FP8 needs a multiple of 16 or 32 rows, and a
@@ -111,7 +111,15 @@ class RandomLTD:
             raise ModelError("random-LTD: already attached; call detach() first")
         models = list(_language_models(model if isinstance(model, (list, tuple)) else [model]))
         if not models:
-            raise ModelError("random-LTD: there is no GPTModel or BertModel to drop tokens in")
+            raise ModelError(
+                "random-LTD: there is no GPTModel, HybridModel (of megatron-core 0.18 or newer) or "
+                "BertModel to drop tokens in"
+            )
+        is_hybrid = hasattr(models[0], "hybrid_layer_pattern")
+        if self._given is not None and is_hybrid != bool(self._given.model.groups):
+            built = f"this script builds a {type(models[0]).__name__}"
+            way_out = "a HybridModel is built by pretrain_hybrid.py and --hybrid-layer-pattern"
+            raise ConfigError([f"--hybrid-layer-pattern does not fit: {built}; {way_out}"])
         blocks = [m.decoder if hasattr(m, "decoder") else m.encoder for m in models]
         problems = [
             problem for b in blocks for problem in find_refused_in_model(b.config, self.config)
@@ -124,12 +132,12 @@ class RandomLTD:
                 seq_length=seq_length or models[0].max_sequence_length,
                 seed=seed,
                 micro_batch_size=micro_batch_size,
+                pattern=getattr(models[0], "hybrid_layer_pattern", None),
             )
             self._resolved = resolve(self.config, facts)
-        dropped = set(self.resolved.dropped_layers)
-        blocks = [b for b in blocks if any(n.layer_number in dropped for n in b.layers)]
+        blocks = [b for b in blocks if self._groups_dropping(b)]
         for block in blocks:
-            check_layers(block)
+            check_layers(block, is_hybrid)
         if self.config.backend != "torch":
             kernels.warn_if_missing(next(blocks[0].parameters()).device.type if blocks else "cpu")
         for block in blocks:
@@ -171,7 +179,7 @@ class RandomLTD:
         """Say which micro-batch of the step, from 0, the next forward pass processes.
 
         You need this only for BERT, and for a loop that does not use Megatron's pipeline schedules.
-        The schedules tell it to the layers of a GPTModel.
+        The schedules tell it to the layers of a GPTModel and a HybridModel.
         """
         self._micro_batch = index
 
@@ -210,7 +218,7 @@ class RandomLTD:
             self._joined = (1, 0)
 
     def _run_block(self, block: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Run a TransformerBlock with a plan of what its layers keep in this pass."""
+        """Run a block with a plan of what its layers keep in this pass."""
         if self.step is None or not (block.training and self.is_dropping):
             return original(*args, **kwargs)
         call = _signature(block.__class__).bind(block, *args, **kwargs)
@@ -234,29 +242,41 @@ class RandomLTD:
         self, block: Any, step: Step, hidden_states: Tensor, arguments: dict[str, Any]
     ) -> LayerPlan:
         check_arguments(arguments, block.config)
-        numbers = (layer.layer_number for layer in block.layers)
-        dropped = tuple(n for n in numbers if n in self.resolved.dropped_layers)
         packed, rotary = arguments.get("packed_seq_params"), arguments.get("rotary_pos_emb")
-        kept = draw_kept(
+        drawn = draw_kept(
             self.resolved,
             self._library,
             step,
             Pass(self._pass_index(block), self._joined[0]),
-            dropped,
+            self._groups_dropping(block),
             hidden_states,
             packed is not None,
             block.pg_collection,
             self._on_device,
         )
+        kept = self._of_layers(block, drawn)
         recomputed, grouped = plan_recomputation(block, kept, hidden_states.size(0))
         extracted = arguments.get("extract_layer_indices") or ()
-        ends = plan_ends(block, set(dropped), extracted, grouped)
+        ends = plan_ends(block, set(kept), extracted, grouped)
         plan = LayerPlan(packed, kept, ends, recomputed, self._library)
         # Megatron recomputes groups with copies of the arguments, which cannot be recognised.
-        if not grouped and plan_angles(rotary, kept, hidden_states, bool(recomputed)):
+        if not grouped and plan_angles(rotary, drawn, hidden_states, bool(recomputed)):
             plan.rotary = rotary
-            plan.angles = gather_angles(rotary, kept, packed, self._library)
+            angles = gather_angles(rotary, drawn, packed, self._library)
+            plan.angles = self._of_layers(block, angles)
         return plan
+
+    def _groups_dropping(self, block: Any) -> tuple[int, ...]:
+        """Return the numbers of a block's groups that drop, in order; in a GPTModel, its layers."""
+        group_of, dropped = self.resolved.group_of, self.resolved.dropped_layers
+        numbers = dict.fromkeys(group_of[layer.layer_number] for layer in block.layers)
+        return tuple(n for n in numbers if n in dropped)
+
+    def _of_layers(self, block: Any, of_groups: dict[int, Any]) -> dict[int, Any]:
+        """Return Megatron's layer numbers to the values of their groups."""
+        numbers = (layer.layer_number for layer in block.layers)
+        group_of = self.resolved.group_of
+        return {n: of_groups[group_of[n]] for n in numbers if group_of[n] in of_groups}
 
     def _pass_index(self, block: Any) -> int:
         """Return the index, within the step, of the pass that a block's forward belongs to."""
@@ -280,12 +300,17 @@ def _signature(block_class: Any) -> inspect.Signature:
 
 
 def _language_models(models: Iterable[Any]) -> Iterator[Any]:
-    """Yield every GPTModel and BertModel in `models`, which may be wrapped."""
+    """Yield every GPTModel, HybridModel and BertModel in `models`, which may be wrapped."""
     from megatron.core.models.bert.bert_model import BertModel
     from megatron.core.models.gpt import GPTModel
 
+    kinds = [GPTModel, BertModel]
+    if versions.release() >= (0, 18):
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        kinds.append(HybridModel)
     for model in models:
-        yield from (m for m in model.modules() if isinstance(m, (GPTModel, BertModel)))
+        yield from (m for m in model.modules() if isinstance(m, tuple(kinds)))
 
 
 def _override(module: torch.nn.Module, forward: Callable) -> None:

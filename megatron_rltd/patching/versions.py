@@ -19,6 +19,7 @@ from megatron_rltd.patching.mechanism import Patch
 
 OLDEST, NEWER_THAN_TESTED = (0, 17), (0, 20)
 ALLOW_UNTESTED = "MEGATRON_RLTD_ALLOW_UNTESTED"
+UNTESTED_FLAG = "--random-ltd-untested-megatron"
 
 
 def _relied_on(target: str, since: tuple[int, ...] = (), before: tuple[int, ...] = ()) -> Patch:
@@ -26,6 +27,8 @@ def _relied_on(target: str, since: tuple[int, ...] = (), before: tuple[int, ...]
     return Patch(target, lambda f: f, "", copies=("",), since=since, before=before)
 
 
+_LATENT = "megatron.core.transformer.multi_latent_attention"
+_ROTARY = "megatron.core.models.common.embeddings"
 # We call these, they call us, or we imitate them. None of them is replaced.
 RELIED_ON: tuple[Patch, ...] = (
     _relied_on("megatron.core.transformer.transformer_block:TransformerBlock.forward"),
@@ -34,12 +37,17 @@ RELIED_ON: tuple[Patch, ...] = (
         before=(0, 18),
     ),
     _relied_on("megatron.core.recompute:checkpointed_forward", since=(0, 18)),
+    _relied_on("megatron.core.models.hybrid.hybrid_block:HybridStack.forward", since=(0, 18)),
+    _relied_on("megatron.core.ssm.mamba_layer:MambaLayer.forward", since=(0, 18)),
     _relied_on("megatron.core.transformer.transformer_layer:TransformerLayer.forward"),
     _relied_on("megatron.core.transformer.transformer_layer:TransformerLayer._forward_attention"),
     _relied_on("megatron.core.transformer.module:GraphableMegatronModule.__call__"),
     _relied_on("megatron.core.tensor_parallel.random:checkpoint"),
     _relied_on("megatron.core.tensor_parallel.mappings:_split_along_first_dim"),
     _relied_on("megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb"),
+    _relied_on(f"{_LATENT}:MLASelfAttention.get_query_key_value_tensors"),
+    _relied_on(f"{_ROTARY}.rotary_pos_embedding:RotaryEmbedding.forward"),
+    _relied_on(f"{_ROTARY}.yarn_rotary_pos_embedding:YarnRotaryEmbedding.forward"),
     _relied_on("megatron.core.pipeline_parallel.schedules:forward_step"),
     _relied_on("megatron.core.pipeline_parallel.schedules:forward_step_calc_loss"),
     _relied_on("megatron.core.transformer.moe.router:TopKRouter.routing"),
@@ -128,6 +136,35 @@ def find_problems(patches: tuple[Patch, ...] = ()) -> list[str]:
     return [problem for row in checked for problem in mechanism.find_problems(row, tested)]
 
 
+def allow_untested(argv: list[str]) -> None:
+    """Skip the comparison of sources in this process and its children if a flag asks for it."""
+    if UNTESTED_FLAG in argv:
+        os.environ[ALLOW_UNTESTED] = "1"
+
+
+def describe_untested(patches: tuple[Patch, ...] = ()) -> str:
+    """Return a warning that lists what differs from the tested versions; "" if nothing does.
+
+    Only if the user allows untested sources. Otherwise the same is an error.
+    """
+    if not os.environ.get(ALLOW_UNTESTED):
+        return ""
+    tested = {symbol: set(hashes.values()) for symbol, hashes in known_fingerprints().items()}
+    checked = rows_for_release(RELIED_ON) + patches
+    differing = [row.target for row in checked if mechanism.find_problems(row, tested)]
+    if not differing:
+        return ""
+    bar = "!" * 78
+    listed = "".join(f"\n  - {target}" for target in differing)
+    return (
+        f"{bar}\nmegatron_rltd WARNING: megatron-core {megatron_version()} is not one that "
+        f"random-LTD was tested with ({', '.join(tested_versions())}). You asked to run anyway. "
+        f"The sources of these functions are not as in any tested version:{listed}\n"
+        "If one of them changed what random-LTD relies on, training is wrong without an error. "
+        f"python -m megatron_rltd check --against PATH prints their diffs.\n{bar}"
+    )
+
+
 def check_versions(problems: list[str]) -> None:
     """Raise VersionError, naming versions and the way out, if problems were found."""
     if problems:
@@ -135,7 +172,8 @@ def check_versions(problems: list[str]) -> None:
         raise VersionError(
             f"megatron-core {megatron_version()} is not one that random-LTD was tested with "
             f"({', '.join(tested_versions())}):{lines}\n"
-            f"Install a tested version, or set {ALLOW_UNTESTED}=1 to skip this comparison."
+            "Install a tested version. To skip the comparison of sources, add "
+            f"{UNTESTED_FLAG}, or set {ALLOW_UNTESTED}=1 in a loop of your own."
         )
 
 

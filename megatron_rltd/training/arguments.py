@@ -5,6 +5,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from megatron_rltd.config import FIELDS, FLAG_PREFIX, ConfigError, RandomLTDConfig, flag
+from megatron_rltd.patching.versions import UNTESTED_FLAG
 from megatron_rltd.refusals import find_refused
 from megatron_rltd.resolved_config import ModelFacts, ResolvedConfig, resolve
 
@@ -66,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "The paper gives the length of a run in this unit. Use it instead of --train-iters or "
         "--train-samples.",
     )
+    group.add_argument(
+        UNTESTED_FLAG,
+        action="store_true",
+        help="Run on a Megatron whose sources random-LTD was not tested with, if the functions "
+        "that it replaces have the parameters that it needs. A warning says what differs.",
+    )
     return parser
 
 
@@ -85,6 +92,7 @@ def facts_from_args(args: Any) -> ModelFacts:
         seq_length=args.seq_length,
         seed=args.seed,
         micro_batch_size=args.micro_batch_size,
+        pattern=getattr(args, "hybrid_layer_pattern", None),
     )
 
 

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from megatron_rltd.config import FIELDS, FREE, ConfigError, RandomLTDConfig, flag, options_in_force
+from megatron_rltd.groups import count_groups
 from megatron_rltd.training.arguments import config_from_args
 
 _LAYER_TOKENS = "random_ltd_layer_tokens"
@@ -44,7 +45,7 @@ def continued_config(asked: RandomLTDConfig, checkpoint_args: Any, args: Any) ->
     from megatron.training import print_rank_0
 
     saved = config_from_args(checkpoint_args)
-    ours, theirs = (options_in_force(config, args.num_layers) for config in (asked, saved))
+    ours, theirs = (options_in_force(config, count_groups(args)) for config in (asked, saved))
     # If the command line leaves these open, the run continues with the checkpoint's values.
     left_open = [name for name, value in (("strata", 0), ("seed", None)) if ours[name] == value]
     differing = [n for n in FIELDS if n not in left_open and ours.get(n) != theirs.get(n)]

@@ -1,5 +1,6 @@
 """What a run with dropped tokens reports: kept tokens, LayerTokens and FLOPs."""
 
+import collections
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -90,8 +91,10 @@ def floating_point_operations(
     """Return the floating-point operations of a global batch if layers drop tokens.
 
     It is Megatron's own count, less each dropped layer at full length, plus the same layer on
-    `kept` tokens. Megatron's count for one layer is the difference between two layers and one. If
-    nothing is dropped, the result is exactly Megatron's count.
+    `kept` tokens. Megatron's count for one layer, or for a
+    group of a HybridModel, is the difference between two of them and one. If nothing is
+    dropped, the result is exactly Megatron's count. In a HybridModel, Megatron counts nothing for
+    the symbols + and D.
 
     Args:
         original: ``megatron.training.training.num_floating_point_operations``.
@@ -104,28 +107,34 @@ def floating_point_operations(
     if packed == [None, None]:
         packed = []  # Megatron before 0.18 knows no such arguments
 
-    def layer(tokens: int, is_moe: int | None) -> float:
+    def layer(tokens: int, kind: Any) -> float:
         share = tokens / args.seq_length
         sums = [n and n * scale for n, scale in zip(packed, (share**2, share), strict=False)]
-        return _layer_operations(original, args, batch_size, tokens, is_moe, sums)
+        return _layer_operations(original, args, batch_size, tokens, kind, sums)
 
     total = original(args, batch_size, *packed)
     if kept == args.seq_length:
         return total
-    for is_moe, layers in _dropped_by_kind(resolved, args).items():
-        total -= layers * (layer(args.seq_length, is_moe) - layer(kept, is_moe))
+    for kind, layers in _dropped_by_kind(resolved, args).items():
+        total -= layers * (layer(args.seq_length, kind) - layer(kept, kind))
     return total
 
 
-def _dropped_by_kind(resolved: ResolvedConfig, args: Any) -> dict[int | None, int]:
-    """Return the number of dropped layers of each kind: None dense model, else 0 dense, 1 MoE."""
+def _dropped_by_kind(resolved: ResolvedConfig, args: Any) -> dict[Any, int]:
+    """Return the number of dropped layers of each kind.
+
+    None in a dense GPTModel, 0 for a dense and 1 for an MoE layer in a model with experts, the
+    symbols of the group in a HybridModel.
+    """
+    dropped = resolved.dropped_layers
+    if resolved.model.groups:
+        return collections.Counter(resolved.model.groups[number - 1] for number in dropped)
     if args.num_experts is None:
-        return {None: len(resolved.dropped_layers)}
+        return {None: len(dropped)}
     frequency = args.moe_layer_freq
     if isinstance(frequency, int):
         frequency = [int(i % frequency == 0) for i in range(args.num_layers)]
-    kinds = [frequency[number - 1] for number in resolved.dropped_layers]
-    return {kind: kinds.count(kind) for kind in set(kinds)}
+    return collections.Counter(frequency[number - 1] for number in dropped)
 
 
 def _layer_operations(
@@ -133,16 +142,18 @@ def _layer_operations(
     args: Any,
     batch_size: int,
     seq_length: int,
-    is_moe: int | None,
+    kind: Any,
     sums: list[float | None],
 ) -> float:
-    def count(num_layers: int) -> float:
+    def count(layers: int) -> float:
         changed = copy.copy(args)
-        changed.num_layers = num_layers
+        changed.num_layers = layers
         changed.seq_length = seq_length
         changed.mtp_num_layers = None
-        if is_moe is not None:
-            changed.moe_layer_freq = [is_moe] * num_layers
+        if isinstance(kind, str):
+            changed.hybrid_layer_pattern = kind * layers
+        elif kind is not None:
+            changed.moe_layer_freq = [kind] * layers
         return original(changed, batch_size, *sums)
 
     return count(2) - count(1)

@@ -6,6 +6,8 @@ given the original and always calls it. The forwards of a model's block and laye
 """
 
 import functools
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -127,4 +129,7 @@ def apply(training: Training) -> AppliedPatches:
     """
     rows = versions.rows_for_release(patches_of(training))
     versions.check_versions(versions.find_problems(rows))
+    warning = versions.describe_untested(rows)
+    if warning and os.environ.get("RANK", "0") == "0":
+        print(warning, file=sys.stderr, flush=True)
     return mechanism.apply(rows)

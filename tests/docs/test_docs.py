@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rltd import _PUBLIC, config
+from megatron_rltd.patching.versions import UNTESTED_FLAG
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -44,6 +45,6 @@ def test_paths_and_flags_on_a_page_exist(page):
         assert list(ROOT.glob(path)), path
     for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)", text):
         assert f"def {name}(" in (ROOT / file).read_text(), name
-    known = {config.flag(name) for name in config.FIELDS} | {"--random-ltd"}
+    known = {config.flag(name) for name in config.FIELDS} | {"--random-ltd", UNTESTED_FLAG}
     named = set(re.findall(r"--random-ltd(?:-[a-z]+)*", text))
     assert named <= known, named - known

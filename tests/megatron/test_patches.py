@@ -102,9 +102,36 @@ def test_an_unknown_source_stops_everything(monkeypatch):
     assert f"megatron-core {versions.megatron_version()} is not one" in message
     assert f"{target} has source fingerprint" in message
     assert versions.ALLOW_UNTESTED in message
+    assert versions.UNTESTED_FLAG in message
     assert all(resolved()[name] is value for name, value in before.items())
     monkeypatch.setenv(versions.ALLOW_UNTESTED, "1")
     patches.apply(Training()).revert()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_unknown_source_is_named_loudly_if_the_user_goes_on(monkeypatch, capsys, rank):
+    monkeypatch.setenv(versions.ALLOW_UNTESTED, "1")
+    monkeypatch.setenv("RANK", rank)
+    patches.apply(Training()).revert()
+    assert capsys.readouterr().err == "", "every source is as in a tested version"
+    target = "megatron.training.training:train_step"
+    monkeypatch.setitem(versions.known_fingerprints(), target, {"0.17.0": "0" * 16})
+    patches.apply(Training()).revert()
+    said = capsys.readouterr().err
+    if rank == "1":
+        assert said == ""
+        return
+    assert f"WARNING: megatron-core {versions.megatron_version()} is not one" in said
+    assert [line for line in said.splitlines() if line.startswith("  - ")] == [f"  - {target}"]
+
+
+def test_a_flag_asks_to_go_on(monkeypatch):
+    monkeypatch.delenv(versions.ALLOW_UNTESTED, raising=False)
+    versions.allow_untested(["--random-ltd"])
+    assert versions.tested_fingerprints()
+    monkeypatch.setenv(versions.ALLOW_UNTESTED, "")  # so that it is undone
+    versions.allow_untested(["--random-ltd", versions.UNTESTED_FLAG])
+    assert not versions.tested_fingerprints()
 
 
 def test_a_missing_symbol_stops_everything_even_so(monkeypatch):
@@ -143,7 +170,11 @@ def test_a_release_lacks_what_only_others_have(monkeypatch):
         "megatron.core.transformer.transformer_block:TransformerBlock._checkpointed_forward",
         "megatron.training.initialize:validate_args",
     }
-    assert new - old == {"megatron.core.recompute:checkpointed_forward"}
+    assert new - old == {
+        "megatron.core.recompute:checkpointed_forward",
+        "megatron.core.models.hybrid.hybrid_block:HybridStack.forward",
+        "megatron.core.ssm.mamba_layer:MambaLayer.forward",
+    }
 
 
 def test_a_copy_made_too_early_stops_everything(monkeypatch):

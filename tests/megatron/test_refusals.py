@@ -21,10 +21,12 @@ COMMAND_LINES = {
     "--cuda-graph-impl": "--cuda-graph-impl local",
     "--perform-rl-step": "--perform-rl-step",
     "--tp-comm-overlap": "--tp-comm-overlap",
-    "--multi-latent-attention": "--multi-latent-attention",
+    "--multi-latent-attention with fused rotary embeddings": "--multi-latent-attention "
+    "--position-embedding-type rope",
     "--experimental-attention-variant": "--experimental-attention-variant dsa",
     "--hybrid-context-parallel": "--hybrid-context-parallel",
-    "--hybrid-layer-pattern": "--hybrid-layer-pattern M*M*",
+    "--random-ltd-recurrent-layers with packed sequences": "--random-ltd-recurrent-layers --sft "
+    "--hybrid-layer-pattern *-M-*-",
     "--moe-flex-dispatcher-backend hybridep": "--moe-token-dispatcher-type flex "
     "--moe-flex-dispatcher-backend hybridep",
     "--moe-paged-stash": "--moe-paged-stash",
@@ -105,6 +107,13 @@ def test_features_without_a_flag_of_their_own(parser, name, value):
     args = parser.parse_args([*MODEL.split(), GROW, "2"])
     setattr(args, name, value)
     assert len(find_refused(args)) == 1
+
+
+def test_sparse_attention_of_a_hybrid_model_is_not_refused(parser):
+    line = "--experimental-attention-variant dsa --hybrid-layer-pattern +-+-D-+-"
+    args = parser.parse_args([*MODEL.split(), *line.split()])
+    assert find_refused(args) == []
+    assert resolve_args(args).dropped_layers == (2,)
 
 
 def test_all_problems_are_reported_at_once(parser):

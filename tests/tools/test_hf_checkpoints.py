@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_rltd.patching import versions
 from tests.parallel import run, train
 from tests.tools.hf_models import SEQ, TOKENS, VOCABULARY, gpt2, hugging_face_logits, llama
 from tests.tools.hf_models import megatron_logits as megatron_logits_on_this_rank
@@ -116,6 +117,34 @@ def test_a_trained_model_has_the_same_logits(trained, name, tmp_path, capsys):
     # All that is written may be read by others, and nothing else is left behind.
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
     assert all(path.stat().st_mode & 0o44 == 0o44 for path in folder.iterdir())
+
+
+@pytest.mark.skipif(versions.release() < (0, 19), reason="no HybridModelConfig")
+def test_a_hybrid_model_is_exported_as_the_gpt_model_that_it_continues(trained, tmp_path):
+    load, flags = trained("llama of PP"), RUNS["llama of PP"][1]
+    model = f"{MODEL} {LLAMA}".replace("--num-layers 4", "--hybrid-layer-pattern *-*|-*-*-")
+    # Megatron turns the GPTModel into a HybridModel; at this learning rate it stays what it is.
+    still = "--finetune --no-load-optim --lr 0 --min-lr 0 --train-iters 1 --save-interval 1"
+    train(
+        f"{model} {RUN} {still} {LTD} {PP2} --load {load} --save {tmp_path / 'hybrid'}",
+        2,
+        script="pretrain_hybrid",
+    )
+    assert PP2 in flags
+    ours, theirs = (
+        load_file(export(path, tmp_path / f"out-{i}") / "model.safetensors")
+        for i, path in enumerate((tmp_path / "hybrid", load))
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    configs = [json.loads((tmp_path / f"out-{i}/config.json").read_text()) for i in (0, 1)]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("pattern", ["*-*E", "*-M-", "*-**-", "*-*-/*-"])
+def test_other_hybrid_models_are_refused(pattern):
+    args = argparse.Namespace(hybrid_layer_pattern=pattern, spec=["a", "b"])
+    assert hf_config.as_gpt(args) is args
 
 
 # name: (model, flags beyond those printed, tolerance)

@@ -128,6 +128,7 @@ EXPECTED_FLAGS = {
     "--random-ltd-root-degree": "random_ltd_root_degree",
     "--random-ltd-constant": "random_ltd_constant",
     "--random-ltd-layers": "random_ltd_layers",
+    "--random-ltd-recurrent-layers": "random_ltd_recurrent_layers",
     "--random-ltd-strata": "random_ltd_strata",
     "--random-ltd-shared-indices": "random_ltd_shared_indices",
     "--random-ltd-seed": "random_ltd_seed",
@@ -135,6 +136,7 @@ EXPECTED_FLAGS = {
     "--random-ltd-grow-micro-batch": "random_ltd_grow_micro_batch",
     "--random-ltd-grow-min-micro-batches": "random_ltd_grow_min_micro_batches",
     "--random-ltd-preflight": "random_ltd_preflight",
+    "--random-ltd-untested-megatron": "random_ltd_untested_megatron",
     "--layer-token-lr": "layer_token_lr",
     "--train-layer-tokens": "train_layer_tokens",
 }

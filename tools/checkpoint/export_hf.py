@@ -5,9 +5,10 @@
 
 GPT-2's architecture (learned positions, LayerNorm, GELU, biases) becomes a GPT2LMHeadModel. Llama's
 (RoPE, RMSNorm, SwiGLU, no biases, with or without GQA) becomes a LlamaForCausalLM. Embeddings may
-be tied or not. Anything else is refused. The checkpoint says everything about the model; you may
-have trained it on any parallel layout. The tool is one process and needs no GPU. It takes about
-twice the memory of the model, in the stored dtype, and does not read the optimizer.
+be tied or not. A HybridModel of the pattern *-*-... counts as a GPTModel of half as many layers.
+Anything else is refused. The checkpoint says everything about the model; you may have trained it on
+any parallel layout. The tool is one process and needs no GPU. It takes about twice the memory of
+the model, in the stored dtype, and does not read the optimizer.
 
 A checkpoint of random-LTD is an ordinary one: evaluation drops nothing.
 """
@@ -71,7 +72,7 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
     import torch
 
     folder = hf_checkpoint.find(options.load, options.iteration)
-    args = hf_checkpoint.stored_args(folder)
+    args = hf_config.as_gpt(hf_checkpoint.stored_args(folder))
     family = hf_config.family_of(args)
     shapes = hf_checkpoint.tensor_shapes(folder)
     hf_weights.check_names(family, hf_config.shape_of(args, 0), shapes)

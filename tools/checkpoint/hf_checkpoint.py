@@ -8,6 +8,7 @@ written here is loaded on any.
 import contextlib
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -30,6 +31,9 @@ WITH_EXTRA_STATE = (
     "mlp.linear_fc2",
 )
 OF_MODEL = ("embedding.", "decoder.", "output_layer.", "mtp.")
+# A HybridModel's layers are stored one by one, a GPTModel's as one tensor of all layers.
+_NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.")
+_HYBRID_NORM, _GPT_NORM = "decoder.final_norm.", "decoder.final_layernorm."
 
 
 @contextlib.contextmanager
@@ -118,8 +122,25 @@ def stored_args(folder: Path) -> Any:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of a model's parameters, a layer's as [layers, ...]."""
-    return {name: tuple(t.global_shape) for name, t in _parameters(folder).items()}
+    """Return {name: shape} of a model's parameters, a layer's as [layers, ...].
+
+    Names are those of a GPTModel; a HybridModel's parameters get them, too.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, own in _by_gpt_names(folder).items():
+        first = tuple(next(iter(own.values())).global_shape)
+        shapes[name] = (len(own), *first) if None not in own else first
+    return shapes
+
+
+def _by_gpt_names(folder: Path) -> dict[str, dict[int | None, Any]]:
+    """Return {a GPTModel's name: {layer number or None: what dist_checkpointing knows}}."""
+    found: dict[str, dict[int | None, Any]] = {}
+    for own, tensor in _parameters(folder).items():
+        number = _NUMBERED.match(own)
+        name = _NUMBERED.sub("decoder.layers.", own).replace(_HYBRID_NORM, _GPT_NORM)
+        found.setdefault(name, {})[int(number[1]) if number else None] = tensor
+    return found
 
 
 def _parameters(folder: Path) -> dict[str, Any]:
@@ -131,17 +152,20 @@ def _parameters(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path, name: str) -> Tensor:
-    """Return one parameter, whole, in the dtype that is stored.
+    """Return one parameter, whole, in the dtype that is stored, by its name of `tensor_shapes`.
 
     Raises:
         ConversionError: Its file is damaged or missing.
     """
     from megatron.core import dist_checkpointing
 
-    wanted = {name: _parameters(folder)[name]}
+    stored = _by_gpt_names(folder)[name]
+    wanted = {str(number): tensor for number, tensor in stored.items()}
     with _readable(folder):
         loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
-    return loaded[name].cpu()
+    if None in stored:
+        return loaded["None"].cpu()
+    return torch.stack([loaded[number].cpu() for number in sorted(wanted, key=int)])
 
 
 @contextlib.contextmanager

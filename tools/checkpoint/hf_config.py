@@ -3,11 +3,13 @@
 Either way, what the other side does not have is refused, all of it at once and by name.
 """
 
+import copy
 from typing import Any
 
 from hf_weights import TITLES, ConversionError, Shape
 
 from megatron_rltd.config import to_flag
+from megatron_rltd.groups import split_pattern
 from megatron_rltd.patching.versions import package_version
 
 # What no Hugging Face GPT-2 or Llama has. These arguments must be at the value here, or unset.
@@ -70,6 +72,21 @@ def require_transformers() -> None:
     if found is None or int(found.partition(".")[0]) < 5:
         there = "no transformers is installed" if found is None else f"transformers {found} is old"
         raise ConversionError(f"{there}: pip install 'transformers>=5'")
+
+
+def as_gpt(args: Any) -> Any:
+    """Return the arguments of the GPTModel that computes what a HybridModel of `*-` layers does.
+
+    Those of any other model are returned as they are.
+    """
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if not pattern or "/" in pattern or set(split_pattern(pattern)) != {"*-"}:
+        return args
+    same = copy.copy(args)
+    same.num_layers = len(split_pattern(pattern))
+    # Every HybridModel has a --spec; whether it is this one shows in the parameters' names.
+    same.hybrid_layer_pattern = same.spec = None
+    return same
 
 
 def family_of(args: Any) -> str:

@@ -44,7 +44,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--list", action="store_true", help="print all names and the matrix, run nothing")
     add("--steps", type=int, default=4, metavar="N", help="steps to compare (default: 4)")
     add("--with-plain", action="store_true", help="measure plain Megatron too, in every row")
-    text = "a Megatron training script (default: pretrain_gpt of megatron_rltd)"
+    text = "a pretrain_gpt.py, with pretrain_hybrid.py beside it (default: those of megatron_rltd)"
     add("--script", default="pretrain_gpt", metavar="PATH", help=text)
     text = "flags for the layouts' runs only, not for the one in one process"
     add("--layout-flags", default="", metavar="'FLAGS'", help=text)

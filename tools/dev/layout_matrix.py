@@ -53,6 +53,13 @@ LLAMA = (
     f"{ROPE} {UNTIED} --normalization RMSNorm --swiglu --disable-bias-linear "
     "--group-query-attention --num-query-groups 2"
 )
+LATENT = (
+    f"{ROPE} --no-rope-fusion {UNTIED} --normalization RMSNorm --swiglu --disable-bias-linear "
+    "--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "
+    "--v-head-dim 8"
+)
+HYBRID = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
+PATTERN = "--hybrid-layer-pattern"
 MOE = f"{LLAMA} --num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0.01"
 ALLTOALL = "--moe-token-dispatcher-type alltoall"
 
@@ -72,6 +79,11 @@ MODELS = {
         "--moe-router-score-function sigmoid --moe-z-loss-coeff 0.001"
     ),
     "moe-mtp": f"{MOE} {ALLTOALL} --mtp-num-layers 1",
+    "mla": f"{LATENT} --rope-type rope",
+    "mla-yarn": f"{LATENT} --rope-type yarn --q-lora-rank 12",
+    "hybrid": f"{LLAMA} {HYBRID} {PATTERN} {'*-' * 8}",
+    "hybrid-moe": f"{MOE} {ALLTOALL} {HYBRID} {PATTERN} {'*E' * 8}",
+    "hybrid-mla": f"{LATENT} --rope-type yarn {HYBRID} {PATTERN} {'+-' * 8}",
 }
 
 
@@ -128,6 +140,8 @@ FEATURES = {
     "layout-4": Feature("--pipeline-model-parallel-layout Et|ttt|tt|ttL"),
     "layout-8": Feature("--pipeline-model-parallel-layout E|t|tt|t|tt|t|t|L"),
     "layout-mtp": Feature("--pipeline-model-parallel-layout Ett|tt|ttt|tmL"),
+    # Four chunks, of which three end inside a group.
+    "pipes": Feature(f"{PATTERN} *-*-*|-*-*|-*-*-|*-"),
     "two-micro-batches": Feature("--global-batch-size 4", alone=True),
     "micro-batch-1": Feature("--micro-batch-size 1"),
     "clip": Feature("--clip-grad 0.5", alone=True),
@@ -199,6 +213,13 @@ MATRIX = (
     ("1 TP2+SPxCP2xPP2", "rope", "eod-mask+grow eod-mask+per-token-loss+grow"),
     ("1 PP2", "learned", "documents+grow"),
     ("TP2+SPxPP2", "llama", "shared-indices+grow recompute-uniform+grow"),
+    ("TP2+SP PP2xVPP2 CP2 TP2+SPxCP2xPP2", "mla mla-yarn", "none"),
+    ("1 TP2+SPxPP2", "mla-yarn", "recompute-uniform"),
+    ("TP2+SP PP2 PP4 CP2 DP2+DO+overlap TP2+SPxCP2xPP2", "hybrid", "none"),
+    ("PP2 PP4 TP2+SPxPP2", "hybrid", "pipes"),
+    ("TP2+SPxPP2", "hybrid", "pipes+recompute-uniform"),
+    ("EP2xTP2+SPxPP2", "hybrid-moe", "none"),
+    ("TP2+SPxCP2xPP2", "hybrid-mla", "none"),
     ("1 TP2+SPxPP2", "rope", "other-seed"),
 )
 

@@ -16,6 +16,7 @@ from layout_matrix import (
     COMMON,
     MOCK_DATA,
     MODELS,
+    PATTERN,
     RAMP,
     RANDOM_LTD,
     VOCAB_SIZE,
@@ -197,6 +198,13 @@ class Runs:
         self._train(1, f"{line} {save}")
         return folder
 
+    def _script(self, line: str) -> str:
+        """Return the script for a command line: Megatron has another one for a HybridModel."""
+        if PATTERN not in line:
+            return self.script
+        path = Path(self.script)
+        return str(path.with_name(f"pretrain_hybrid{path.suffix}"))
+
     def _train(self, processes: int, line: str) -> Training:
         """Run a training, or take its result from before.
 
@@ -206,7 +214,7 @@ class Runs:
         key = processes, line
         if key not in self._done:
             try:
-                self._done[key] = train(shlex.split(line), processes, self.script)
+                self._done[key] = train(shlex.split(line), processes, self._script(line))
             except RankError as error:
                 self._done[key] = error
         done = self._done[key]

@@ -51,7 +51,8 @@ LOUD = 0.05  # worth saying
 TOO_LOUD = 0.25  # the machine was busy with other work: the wall-clock time means nothing
 # Arguments that must agree for a difference between runs to be due to dropping.
 SHARED = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_experts seq_length "
+    "num_layers hybrid_layer_pattern hidden_size ffn_hidden_size num_attention_heads num_experts "
+    "seq_length "
     "global_batch_size micro_batch_size tensor_model_parallel_size "
     "pipeline_model_parallel_size context_parallel_size recompute_granularity params_dtype fp8"
 ).split()

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from megatron_rltd.groups import split_pattern
 from megatron_rltd.training import tags
 
 # Megatron's tags (megatron/training/training.py:training_log, evaluate_and_print_results).
@@ -31,6 +32,7 @@ SAMPLES = "samples consumed"
 SAMPLE_FLOPS = "floating-point operations of a sample"
 WARM_UP = "iteration-time with warm-up"
 
+_NONE = "None"  # as text
 _NUMBERS = ("seq_length", "num_layers", "world_size", "consumed_train_samples")
 
 Points = dict[int, float]
@@ -181,7 +183,9 @@ def _with_derived(start: LoggedRun) -> dict[str, Points]:
 
 def _with_dense(logged: Points, samples: Points, args: dict[str, str]) -> Points:
     """Return LayerTokens consumed, samples counting as dense where random-LTD logged nothing."""
-    dense = int(args["seq_length"]) * int(args["num_layers"])
+    pattern = args.get("hybrid_layer_pattern", _NONE)
+    layers = int(args["num_layers"]) if pattern == _NONE else len(split_pattern(pattern))
+    dense = int(args["seq_length"]) * layers
     total = before = 0.0
     points: Points = {}
     for iteration, consumed in samples.items():

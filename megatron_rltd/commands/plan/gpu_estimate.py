@@ -25,6 +25,7 @@ _WITHOUT = {
     "context_parallel_size": 1,
     "num_experts": None,
     "multi_latent_attention": False,
+    "hybrid_layer_pattern": None,
     "fp8": None,
     "fp4": None,
 }

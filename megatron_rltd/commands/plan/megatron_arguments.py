@@ -72,6 +72,7 @@ def prepare(flags: list[str], training: Any) -> None:
     logging.disable(logging.WARNING)
     versions.check_installed()
     refuse_command_line(flags)
+    versions.allow_untested(flags)
     from megatron_rltd.cpu import adapter
 
     if adapter.is_needed():

@@ -76,7 +76,7 @@ class PlannedRun:
 
     Attributes:
         seq_length: In tokens.
-        num_layers: L.
+        num_layers: L; in a HybridModel, groups of layers.
         segments: All of its steps, in order.
         flops: By Megatron's count, which takes causal attention to compute half of the matrix.
         full_attention_flops: The same with the whole matrix; None before Megatron 0.18, which does

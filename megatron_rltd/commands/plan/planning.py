@@ -21,6 +21,7 @@ from typing import Any
 from megatron_rltd.commands.plan import megatron_arguments
 from megatron_rltd.commands.plan.megatron_arguments import PlanError, refusals
 from megatron_rltd.commands.plan.planned_run import PlannedRun, segments
+from megatron_rltd.groups import count_groups
 from megatron_rltd.patching import versions
 from megatron_rltd.resolved_config import ResolvedConfig
 from megatron_rltd.schedule import LayerTokenCost, Schedule
@@ -123,7 +124,7 @@ def _update_train_iters(original: Callable, args: Any) -> None:
 
 
 def _dense_layer_tokens(args: Any) -> LayerTokenCost:
-    return LayerTokenCost(Schedule(args.seq_length, args.seq_length, None), args.num_layers, 0)
+    return LayerTokenCost(Schedule(args.seq_length, args.seq_length, None), count_groups(args), 0)
 
 
 def _make_scheduler(args: Any) -> Any:
@@ -166,7 +167,7 @@ def _run(
     if versions.release() >= (0, 18):
         # Megatron halves the squares of the sequence lengths.
         full = _flops(args, resolved, samples, 2 * args.seq_length**2)
-    return PlannedRun(args.seq_length, args.num_layers, found, causal, full, make_scheduler)
+    return PlannedRun(args.seq_length, count_groups(args), found, causal, full, make_scheduler)
 
 
 def _flops(

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_rltd.commands.plan.planned_run import PlannedRun
 from megatron_rltd.commands.plan.planning import Plan
 from megatron_rltd.commands.text_table import aligned
+from megatron_rltd.groups import count_groups
 from megatron_rltd.patching import versions
 from megatron_rltd.schedule import Progress
 
@@ -159,7 +160,7 @@ def as_text(plan: Plan, tflops: float | None) -> str:
         f"{'random-LTD' if plan.resolved else 'dense'} run on Megatron "
         f"{versions.megatron_version()} and {args.world_size:,} GPU{'s' * (args.world_size > 1)} "
         f"({args.data_parallel_size:,} data-parallel)",
-        f"{args.num_layers} layers, of which {len(dropped)} drop tokens; hidden size "
+        f"{_layers(args)}, of which {len(dropped)} drop tokens; hidden size "
         f"{args.hidden_size:,}, sequence {args.seq_length:,}, vocabulary "
         f"{args.padded_vocab_size:,}",
         f"micro-batch {args.micro_batch_size:,}, global batch {_batch_sizes(run)}",
@@ -179,6 +180,14 @@ def as_text(plan: Plan, tflops: float | None) -> str:
             "Megatron's log, whatever the kept length"
         )
     return "\n".join([*lines, *([""] if remarks else []), *(f"- {text}" for text in remarks)])
+
+
+def _layers(args: Any) -> str:
+    if not getattr(args, "hybrid_layer_pattern", None):
+        return f"{args.num_layers} layers"
+    return (
+        f"{count_groups(args)} groups of the {args.num_layers} layers {args.hybrid_layer_pattern}"
+    )
 
 
 def _batch_sizes(run: PlannedRun) -> str:
