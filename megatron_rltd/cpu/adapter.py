@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch.utils import _device
 
-from megatron_rltd.config import RankConfigError
-from megatron_rltd.cpu import modules
+from megatron_rltd.config import ConfigError, RankConfigError
+from megatron_rltd.cpu import attention, modules
 from megatron_rltd.cpu.modules import CPU, Stream
 from megatron_rltd.patching import versions
 from megatron_rltd.patching.mechanism import AppliedPatches, Patch, apply
@@ -120,6 +120,7 @@ def _set_arguments(original):
 
     @functools.wraps(original)
     def validate_args(args, *rest, **kwargs):
+        refuse_layers(args)
         changed = set_arguments(args)
         if changed and int(os.environ.get("RANK", "0")) == 0:
             text = f"these Megatron arguments are changed for the CPU: {', '.join(changed)}"
@@ -127,6 +128,30 @@ def _set_arguments(original):
         return original(args, *rest, **kwargs)
 
     return validate_args
+
+
+# Symbols of a hybrid layer pattern that have no code for a CPU in Megatron, and what they need.
+GPU_LAYERS = {
+    "M": "Mamba's layers, which run only the kernels of mamba-ssm",
+    "D": "DeepSeek's sparse attention, which runs only the kernels of fast-hadamard-transform",
+}
+
+
+def refuse_layers(args: Any) -> None:
+    """Raise ConfigError for the layers of a HybridModel that cannot run on a CPU.
+
+    Until Megatron 0.17 the pattern is of another flag, and both may have a default.
+    """
+    for flag in ("hybrid_layer_pattern", "hybrid_override_pattern"):
+        pattern = getattr(args, flag, None) or ""
+        problems = [
+            f"--{flag.replace('_', '-')} {pattern} with --cpu: {symbol} stands for {layers}: train "
+            f"on a GPU, or try the run on the CPU without {symbol} (* - E + and G train there)"
+            for symbol, layers in GPU_LAYERS.items()
+            if symbol in pattern
+        ]
+        if problems:
+            raise ConfigError(problems)
 
 
 def set_arguments(args: Any) -> list[str]:
@@ -162,6 +187,8 @@ _IN_ORDER = "a CPU runs everything in order"
 _RNG = "the CPU's generator is the device's generator"
 _EQUAL_SHARES = "gloo gathers and scatters only equal shares; experts under TP have unequal ones"
 _TE = "takes modules from Transformer Engine, of which Megatron's own have the same parameters"
+_FLA = "flash-linear-attention's kernels need a GPU"
+_GDN = "megatron.core.ssm.gated_delta_net"
 _HYBRID = "megatron.core.models.hybrid"
 _MLA = "megatron.core.transformer.multi_latent_attention"
 _ADAM = "counts steps per group; the distributed optimizer cannot resume without that"
@@ -228,19 +255,19 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
-        modules.attention_init,
+        attention.attention_init,
         "refuses context parallelism, and values of another head size than keys",
         parameters=("config",),
     ),
     Patch(
         "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
-        modules.attention_forward,
+        attention.attention_forward,
         "knows only this rank's part of a context-parallel sequence",
         parameters=("query", "key", "value", "attention_mask"),
     ),
     Patch(
         f"{_MLA}:MLASelfAttention._qkv_down_projection",
-        modules.latent_down_projection,
+        attention.latent_down_projection,
         "under TP, each rank's gradient of the key positions misses the other ranks' heads",
         parameters=("hidden_states",),
     ),
@@ -250,6 +277,28 @@ PATCHES: tuple[Patch, ...] = (
         modules.local_modules,
         _TE,
         since=(0, 18),
+    ),
+    Patch(
+        "megatron.core.models.backends:LocalSpecProvider.column_parallel_layer_norm_linear",
+        modules.layer_norm_linear,
+        "knows no such layer, and latent attention in a HybridModel normalizes in one",
+        since=(0, 19),
+    ),
+    Patch(f"{_GDN}.common:HAVE_FLA", _is(True), _FLA, since=(0, 19)),
+    Patch(f"{_GDN}.common:l2norm", attention.l2norm, _FLA, copies=("",), since=(0, 19)),
+    Patch(
+        f"{_GDN}.gdn:causal_conv1d",
+        attention.causal_conv1d,
+        _FLA,
+        copies=("",),
+        since=(0, 19),
+    ),
+    Patch(
+        f"{_GDN}.gdn:chunk_gated_delta_rule",
+        attention.chunk_gated_delta_rule,
+        _FLA,
+        copies=("",),
+        since=(0, 19),
     ),
     Patch(
         f"{_HYBRID}.hybrid_block:TENorm",

@@ -1,11 +1,8 @@
 """What Megatron takes from Apex or Transformer Engine on a GPU, here in plain torch for the CPU.
 
-Streams, an Adam for the distributed optimizer, norms under sequence parallelism, attention under
-context parallelism, unequal shares over gloo, and a data loader that leaves the device's random
-numbers alone. Each function named after a symbol of Megatron or torch is a `patching.Patch`
-wrapper.
-
-Shapes below: s sequence, b micro batch, n heads, d head size, c context-parallel size.
+Streams, an Adam for the distributed optimizer, norms under sequence parallelism, unequal shares
+over gloo, and a data loader that leaves the device's random numbers alone. Each function named
+after a symbol of Megatron or torch is a `patching.Patch` wrapper.
 """
 
 import contextlib
@@ -14,8 +11,6 @@ from typing import Any
 
 import torch
 from torch.optim.adam import adam
-
-from megatron_rltd.tokens.shards import context_parallel_strata
 
 CPU = torch.device("cpu")
 
@@ -132,7 +127,7 @@ def norm_under_sequence_parallel(original):
     def new(cls, config, *args, **kwargs):
         if not config.sequence_parallel:
             return original(cls, config, *args, **kwargs)
-        norm = original(cls, _replaced(config, sequence_parallel=False), *args, **kwargs)
+        norm = original(cls, replaced(config, sequence_parallel=False), *args, **kwargs)
         for parameter in norm.parameters():
             parameter.sequence_parallel = True
         return norm
@@ -140,7 +135,7 @@ def norm_under_sequence_parallel(original):
     return staticmethod(new)
 
 
-def _replaced(config: Any, **changes: Any) -> Any:
+def replaced(config: Any, **changes: Any) -> Any:
     """Return a shallow copy of a config, changed without running its validation again."""
     copy = object.__new__(type(config))
     copy.__dict__.update(config.__dict__, **changes)
@@ -224,75 +219,6 @@ def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(length - rows.size(0), *rows.shape[1:])])
 
 
-def attention_init(original):
-    """Build torch's attention for any layout, and for keys and values of different head sizes.
-
-    Under context parallelism it is built as if there were none. Multi-latent attention gives the
-    sizes, and a softmax scale of its own, as it gives them to Transformer Engine's attention.
-    """
-
-    @functools.wraps(original)
-    def init(self, config, *args, k_channels=None, v_channels=None, **kwargs):
-        original(self, _replaced(config, context_parallel_size=1), *args, **kwargs)
-        self.config = config
-
-    return init
-
-
-def attention_forward(original):
-    """Attention on packed sequences, under context parallelism and with any size of the values.
-
-    Packed sequences are masked by document. Under context parallelism keys and values are
-    all-gathered and masked by their true positions.
-    """
-
-    @functools.wraps(original)
-    def forward(self, query, key, value, attention_mask, *args, **kwargs):
-        # The original takes keys' head size for values'; multi-latent attention has two.
-        self.hidden_size_per_partition = query.size(-2) * value.size(-1)
-        packed = kwargs.pop("packed_seq_params", None)
-        if packed is not None:
-            mask = _document_mask(packed, query.size(0))
-            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-            # [t, n * d], as Transformer Engine returns it: the caller cuts values out of that.
-            return original(self, query, key, value, mask, *args, **kwargs).squeeze(1)
-        if self.config.context_parallel_size > 1:
-            key, value, attention_mask = _gather_context(self, query, key, value, attention_mask)
-        return original(self, query, key, value, attention_mask, *args, **kwargs)
-
-    return forward
-
-
-def latent_down_projection(original):
-    """Let the gradient of multi-latent attention's key positions come from all heads.
-
-    All heads share these positions, and each tensor-parallel rank has some of the heads. Megatron
-    sums their gradients only behind a duplicated layer under sequence parallelism
-    (``megatron/core/transformer/multi_latent_attention.py:get_query_key_value_tensors``). Otherwise
-    each rank would train on the gradients of its own heads.
-    """
-
-    @functools.wraps(original)
-    def project(self, hidden_states):
-        from megatron.core.tensor_parallel import mappings
-
-        queries, latent = original(self, hidden_states)
-        group = self.linear_kv_up_proj.tp_group
-        sizes = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
-        whole = latent.size(-1) == sum(sizes)
-        if group.size() == 1 or (whole and self.config.sequence_parallel):
-            return queries, latent
-        if not whole:
-            latent = mappings.gather_from_tensor_model_parallel_region(latent, group=group)
-        if self.config.sequence_parallel:
-            return queries, mappings.scatter_to_sequence_parallel_region(latent, group=group)
-        compressed, positions = latent.split(sizes, dim=-1)
-        positions = mappings.copy_to_tensor_model_parallel_region(positions, group=group)
-        return queries, torch.cat([compressed, positions], dim=-1)
-
-    return project
-
-
 def local_modules(original):
     """Give a spec Megatron's own modules for those that are Transformer Engine's."""
     from megatron_rltd.cpu import transformer_engine
@@ -311,37 +237,12 @@ def local_module(name):
     return wrapper
 
 
-def _document_mask(packed, tokens):
-    """Return the causal mask of packed documents, bool [1, 1, t, t], True where masked."""
-    padded = packed.cu_seqlens_q_padded
-    offsets = packed.cu_seqlens_q if padded is None else padded
-    row = torch.arange(tokens)
-    document = torch.searchsorted(offsets[1:].long(), row, right=True)
-    return ((document[:, None] != document) | (row[:, None] < row))[None, None]
+def layer_norm_linear(original):
+    """Return the norm and linear layer in one that has Transformer Engine's parameters."""
 
+    def column_parallel_layer_norm_linear(self):
+        from megatron_rltd.cpu import transformer_engine
 
-def _gather_context(attention, query, key, value, attention_mask):
-    """Return keys and values of the whole sequence, and the mask of this rank's queries.
+        return transformer_engine.LayerNormColumnParallelLinear
 
-    Args:
-        query, key, value: [s/c, b, n, d], this rank's two chunks.
-        attention_mask: None (causal) or bool [b, 1, s/c, s], True where masked.
-
-    Returns:
-        key and value [s, b, n, d] in the order of the sequence, and a mask [., 1, s/c, s].
-    """
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-    from megatron.core.transformer.enums import AttnMaskType
-
-    group = parallel_state.get_context_parallel_group()
-    rank, size = group.rank(), group.size()
-    length = query.size(0) * size
-    chunks = torch.arange(length).view(2 * size, -1)
-    held = [chunks[context_parallel_strata(2 * size, r, size)].flatten() for r in range(size)]
-    mine, order = held[rank], torch.cat(held).argsort()
-    key = gather_from_sequence_parallel_region(key, group=group)[order]
-    value = gather_from_sequence_parallel_region(value, group=group)[order]
-    if attention_mask is None and attention.attn_mask_type == AttnMaskType.causal:
-        attention_mask = (mine[:, None] < torch.arange(length)[None, :])[None, None]
-    return key, value, attention_mask
+    return column_parallel_layer_norm_linear

@@ -43,7 +43,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         self._parameters.update(own)
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any):
-        """Return the linear layer of the normalized input, [s, b, h] or [s/t, b, h], and its bias."""
+        """Return the linear layer of the normalized [s, b, h] or [s/t, b, h], and its bias."""
         shape, eps = (self.input_size,), self.config.layernorm_epsilon
         if self.config.normalization == "RMSNorm":
             normed = functional.rms_norm(input_, shape, self.layer_norm_weight, eps)
