@@ -68,7 +68,7 @@ def enable() -> None:
     logging.getLogger("megatron.bridge.utils.import_utils").disabled = True
     # Megatron finds that there is no Transformer Engine before anything stands in for it.
     import megatron.core.models.gpt
-    import megatron.core.optimizer  # noqa: F401
+    import megatron.core.optimizer
 
     with _stand_in_for_transformer_engine():
         import megatron.bridge  # noqa: F401
