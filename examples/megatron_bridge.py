@@ -48,8 +48,8 @@ class RandomLTDCallback(Callback):
     """random-LTD in Megatron-Bridge's training loop.
 
     Args:
-        config: Without `grow_micro_batch`: Megatron-Bridge calls Megatron's forward-backward
-            function itself.
+        config: Without `grow_micro_batch`, because Megatron-Bridge calls Megatron's
+            forward-backward function itself.
         layer_token_lr: Whether the learning rate follows LayerTokens. The lengths of the run's
             schedule are then in samples of which nothing is dropped.
     """
@@ -62,6 +62,8 @@ class RandomLTDCallback(Callback):
     def on_train_start(self, context: CallbackContext) -> None:
         """Attach to this rank's model chunks. A checkpoint has been loaded by now."""
         settings = context.state.cfg
+        if settings.rerun_state_machine.rerun_mode != "disabled":
+            raise ValueError("random-LTD cannot repeat a step: leave rerun_mode at 'disabled'")
         self.random_ltd = RandomLTD(self.config).attach(
             context.model,
             seed=settings.rng.seed,

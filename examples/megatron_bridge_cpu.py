@@ -82,6 +82,8 @@ def _stand_in_for_transformer_engine() -> Iterator[None]:
     package: Any = types.ModuleType("transformer_engine")
     package.pytorch = types.ModuleType("transformer_engine.pytorch")
     package.pytorch.ops = types.SimpleNamespace(Sequential=object)  # named in type hints
+    package.pytorch.Linear = type("Linear", (), {})  # a base class, up to Megatron-Bridge 0.5
+    package.pytorch.__getattr__ = _refuse
     modules = {module.__name__: module for module in (package, package.pytorch)}
     sys.modules |= modules
     try:
@@ -89,3 +91,7 @@ def _stand_in_for_transformer_engine() -> Iterator[None]:
     finally:
         for name in modules:
             del sys.modules[name]
+
+
+def _refuse(name: str) -> None:
+    raise ImportError(f"Transformer Engine is not installed, and {name} needs it")

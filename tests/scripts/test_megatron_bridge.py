@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from megatron_rltd.schedule import Schedule
-from tests.parallel import ROOT, environment, free_port, run, train
+from tests.parallel import ROOT, RankError, environment, free_port, run, train
 
 INSTALL = "docs/frameworks.md says how to install it for this test"
 
@@ -46,7 +46,7 @@ def _train_here(runs: list[dict]) -> list[dict]:
 
     Args:
         runs: ``min_tokens`` (without it there is no random-LTD), ``folder``, ``stop`` (the step
-            after which the run ends), ``layer_token_lr``.
+            after which the run ends), ``layer_token_lr``, ``grow``, ``rerun_mode``.
     """
     import torch
 
@@ -88,9 +88,14 @@ def _train_here(runs: list[dict]) -> list[dict]:
     for settings in runs:
         recipe = example.recipe(STEPS, settings.get("folder"), on_cpu=True)
         recipe.train.exit_interval = settings.get("stop")
+        recipe.rerun_state_machine.rerun_mode = settings.get("rerun_mode", "disabled")
         callbacks = [Record()]
         if "min_tokens" in settings:
-            config = example.RandomLTDConfig(min_tokens=settings["min_tokens"], ramp_iters=7)
+            config = example.RandomLTDConfig(
+                min_tokens=settings["min_tokens"],
+                ramp_iters=7,
+                grow_micro_batch=settings.get("grow", 1),
+            )
             rate = settings.get("layer_token_lr", False)
             callbacks.insert(0, example.RandomLTDCallback(config, layer_token_lr=rate))
         try:
@@ -162,6 +167,16 @@ def test_the_learning_rate_follows_layer_tokens():
     plain = trained(DENSE, DROPPED)[1]
     assert ours["rates"][1] > plain["rates"][1]
     assert ours["losses"] == pytest.approx(theirs.losses, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, setting",
+    [("grow_micro_batch", {"grow": 2}), ("rerun_mode", {"rerun_mode": "validate_results"})],
+)
+def test_what_cannot_work_is_refused(name, setting):
+    with pytest.raises(RankError) as error:
+        trained({**DROPPED, **setting})
+    assert error.value.reason.startswith("ValueError") and name in error.value.reason
 
 
 def test_the_example_runs_as_its_docstring_says(tmp_path):
