@@ -15,11 +15,16 @@ import copy
 import sys
 
 from megatron_rltd import LayerTokenScheduler, RandomLTD, RandomLTDConfig
+from megatron_rltd.pretrain import compiled_helper
 
+# Before Megatron is imported:
 if "--cpu" in sys.argv:
     import megatron_bridge_cpu
 
-    megatron_bridge_cpu.enable()  # before Megatron is imported
+    megatron_bridge_cpu.enable()
+else:
+    # Megatron-Bridge runs Megatron's make at start-up, for which a wheel has no Makefile.
+    compiled_helper.use()
 
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.training.callbacks import Callback, CallbackContext

@@ -288,7 +288,8 @@ class RandomLTD:
         if len(block.layers) and getattr(block.layers[0], "current_microbatch", None) != index:
             raise RuntimeError(
                 "random-LTD: call begin_micro_batch(index) before each forward pass in a loop "
-                "that does not use Megatron's pipeline schedules"
+                "that does not use Megatron's pipeline schedules, or that repeats passes to find "
+                "faults (its rerun_mode is not disabled)"
             )
         self._passes[id(block)] += 1
         return index
