@@ -24,7 +24,7 @@ if "--cpu" in sys.argv:
     megatron_bridge_cpu.enable()
 else:
     # Megatron-Bridge runs Megatron's make at start-up, for which a wheel has no Makefile.
-    compiled_helper.use()
+    compiled_helper.use(even_in_clone=False)
 
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.training.callbacks import Callback, CallbackContext

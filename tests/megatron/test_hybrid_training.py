@@ -128,3 +128,26 @@ def test_latent_attention_is_the_same_on_many_ranks():
     in_stack = train_hybrid("+-+-+-+-", options)
     assert_same(train_hybrid("+-+-+-+-", f"{options} {SHARDED}", 4), in_stack, 1e-5)
     assert in_stack.kept == alone.kept
+
+
+RECURRENT = (
+    "--swiglu --disable-bias-linear --normalization RMSNorm --linear-key-head-dim 8 "
+    "--linear-value-head-dim 8 --linear-num-key-heads 4 --linear-num-value-heads 4 "
+    "--linear-conv-kernel-dim 4"
+)
+
+
+def test_gated_delta_nets_see_all_tokens_or_the_kept_ones(tmp_path):
+    save = f"--save {tmp_path} --save-interval 1 --exit-interval 1"
+    train_hybrid("*-G-*-G-*-", f"{RECURRENT} {save}")
+    options = f"{RECURRENT} --load {tmp_path} --no-load-optim --override-opt-param-scheduler"
+    full = train_hybrid("*-G-*-G-*-", options)
+    assert "groups of layers that drop: 3 of 5" in full.output
+    options += " --random-ltd-recurrent-layers"
+    alone = train_hybrid("*-G-*-G-*-", options)
+    assert "groups of layers that drop: 2-4 of 5" in alone.output
+    assert abs(alone.losses[0] - full.losses[0]) > 1e-4
+    assert alone.layer_tokens < full.layer_tokens
+    assert_same(train_hybrid("*-G-*-G-*-", f"{options} {SHARDED}", 4), alone, 1e-5)
+    stages = "--pipeline-model-parallel-size 2"
+    assert_same(train_hybrid("*-G-*|-G-*-", f"{options} {stages}", 2), alone, 1e-5)
