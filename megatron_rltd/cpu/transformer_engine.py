@@ -14,13 +14,13 @@ import functools
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.extensions import transformer_engine
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import _initialize_affine_weight_cpu
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch.nn import functional
 
 
@@ -76,7 +76,7 @@ class DuplicatedLinear(torch.nn.Module):
             raise ValueError(f"parallel_mode {parallel_mode}: only duplicated is known")
         super().__init__()
         self.skip_bias_add = skip_bias_add
-        self.tp_group = get_tensor_model_parallel_group_if_none(tp_group)
+        self.tp_group = tp_group or parallel_state.get_tensor_model_parallel_group()
         dtype = config.params_dtype
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=dtype))
         if config.perform_initialization:
