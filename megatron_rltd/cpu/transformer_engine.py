@@ -75,6 +75,7 @@ class DuplicatedLinear(torch.nn.Module):
         if parallel_mode != "duplicated":
             raise ValueError(f"parallel_mode {parallel_mode}: only duplicated is known")
         super().__init__()
+        self.bias: torch.nn.Parameter | None
         self.skip_bias_add = skip_bias_add
         self.tp_group = tp_group or parallel_state.get_tensor_model_parallel_group()
         dtype = config.params_dtype
@@ -94,10 +95,9 @@ class DuplicatedLinear(torch.nn.Module):
             )
         zeros = torch.nn.Parameter(torch.zeros(output_size, dtype=dtype)) if bias else None
         self.register_parameter("bias", zeros)
+        marks = {"allreduce": True, "tensor_model_parallel": False}
         for parameter in self.parameters():
-            parameter.allreduce = True
-            parameter.sequence_parallel = config.sequence_parallel
-            parameter.tensor_model_parallel = False
+            vars(parameter).update(marks, sequence_parallel=config.sequence_parallel)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output, and the bias if it is for the caller to add."""
