@@ -15,7 +15,7 @@ from tests.megatron.test_hybrid_training import EXPERTS, FORMAT, HYBRID
 from tests.megatron.test_training import BASE, assert_same
 from tests.parallel import RankError, train
 
-pytestmark = pytest.mark.skipif(versions.release() < (0, 19), reason="no HybridModelConfig")
+hybrid_only = pytest.mark.skipif(versions.release() < (0, 19), reason="no HybridModelConfig")
 
 LATENT = {
     "multi_latent_attention": True,
@@ -89,6 +89,7 @@ def build(pattern, **options):
     return HybridModel(settings, hybrid_stack_spec, 32, 16, hybrid_layer_pattern=pattern)
 
 
+@hybrid_only
 @pytest.mark.parametrize("name", LAYERS)
 def test_parameters_and_keys_are_those_of_transformer_engine(name):
     options = {"num_moe_experts": 2} if name == "E" else {}
@@ -179,6 +180,7 @@ def saved(tmp_path_factory):
     return folder
 
 
+@hybrid_only
 def test_a_hybrid_model_continues_a_gpt_model(saved):
     gpt_model = train(f"{BASE} {FORMAT} --load {saved}")
     hybrid = train_hybrid("*-*-*-*-", f"{FORMAT} --load {saved}")
@@ -200,7 +202,7 @@ FLAGS = (
 )
 
 
-@pytest.mark.parametrize("model", ["GPTModel", "HybridModel"])
+@pytest.mark.parametrize("model", ["GPTModel", pytest.param("HybridModel", marks=hybrid_only)])
 def test_latent_attention_under_tensor_parallelism(model):
     # Megatron's own gradient of the key positions is each rank's part only.
     def run(parallel="", world_size=1):
@@ -213,6 +215,7 @@ def test_latent_attention_under_tensor_parallelism(model):
     assert_same(run(f"{parallel} --sequence-parallel", 2), alone, 1e-5)
 
 
+@hybrid_only
 def test_latent_attention_and_experts_in_a_hybrid_model_resume_on_more_ranks(tmp_path):
     options = f"{LARGE} {FLAGS} --qk-layernorm {EXPERTS} --no-save-optim --no-load-optim"
     train_hybrid("+E+E", f"{options} --save {tmp_path} --save-interval 2 --exit-interval 2")
@@ -222,6 +225,7 @@ def test_latent_attention_and_experts_in_a_hybrid_model_resume_on_more_ranks(tmp
     assert_same(train_hybrid("+E+E", options, 2), alone, 1e-5)
 
 
+@hybrid_only
 def test_gated_delta_nets_train(tmp_path):
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in DELTA.items())
     options = f"{flags} --swiglu --disable-bias-linear --normalization RMSNorm"
@@ -259,6 +263,7 @@ def test_layers_without_code_for_a_cpu_are_refused(flag, pattern):
     adapter.refuse_layers(SimpleNamespace(**{flag: "*-+E|G-/*-"}))
 
 
+@hybrid_only
 def test_mamba_is_refused_at_start():
     with pytest.raises(RankError, match="M stands for Mamba's layers, which run only the kernels"):
         train_hybrid("M-")
