@@ -26,7 +26,8 @@ import torch
 from torch.utils import _device
 
 from megatron_rltd.config import ConfigError, RankConfigError
-from megatron_rltd.cpu import attention, modules
+from megatron_rltd.cpu import modules
+from megatron_rltd.cpu.model_patches import MODEL
 from megatron_rltd.cpu.modules import CPU, Stream
 from megatron_rltd.patching import versions
 from megatron_rltd.patching.mechanism import AppliedPatches, Patch, apply
@@ -186,11 +187,6 @@ _NO_DEVICE = "there is no CUDA device to ask"
 _IN_ORDER = "a CPU runs everything in order"
 _RNG = "the CPU's generator is the device's generator"
 _EQUAL_SHARES = "gloo gathers and scatters only equal shares; experts under TP have unequal ones"
-_TE = "takes modules from Transformer Engine, of which Megatron's own have the same parameters"
-_FLA = "flash-linear-attention's kernels need a GPU"
-_GDN = "megatron.core.ssm.gated_delta_net"
-_HYBRID = "megatron.core.models.hybrid"
-_MLA = "megatron.core.transformer.multi_latent_attention"
 _ADAM = "counts steps per group; the distributed optimizer cannot resume without that"
 
 # The functions that Megatron asks for a tensor on "cuda" by that name.
@@ -247,73 +243,7 @@ PATCHES: tuple[Patch, ...] = (
         "draws from the generator of the initial weights here, so TP layouts would differ",
         copies=("megatron.training.initialize",),
     ),
-    Patch(
-        "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
-        modules.norm_under_sequence_parallel,
-        "refuses sequence parallelism",
-        parameters=("config",),
-    ),
-    Patch(
-        "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
-        attention.attention_init,
-        "refuses context parallelism, and values of another head size than keys",
-        parameters=("config",),
-    ),
-    Patch(
-        "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
-        attention.attention_forward,
-        "knows only this rank's part of a context-parallel sequence",
-        parameters=("query", "key", "value", "attention_mask"),
-    ),
-    Patch(
-        f"{_MLA}:MLASelfAttention._qkv_down_projection",
-        attention.latent_down_projection,
-        "under TP, each rank's gradient of the key positions misses the other ranks' heads",
-        parameters=("hidden_states",),
-    ),
-    Patch(f"{_MLA}:TELinear", modules.local_module("TELinear"), _TE, copies=("megatron",)),
-    Patch(
-        f"{_HYBRID}.hybrid_layer_specs:hybrid_stack_spec.submodules",
-        modules.local_modules,
-        _TE,
-        since=(0, 18),
-    ),
-    Patch(
-        "megatron.core.models.backends:LocalSpecProvider.column_parallel_layer_norm_linear",
-        modules.layer_norm_linear,
-        "knows no such layer, and latent attention in a HybridModel normalizes in one",
-        since=(0, 19),
-    ),
-    Patch(f"{_GDN}.common:HAVE_FLA", _is(True), _FLA, since=(0, 19)),
-    Patch(f"{_GDN}.common:l2norm", attention.l2norm, _FLA, copies=("",), since=(0, 19)),
-    Patch(
-        f"{_GDN}.gdn:causal_conv1d",
-        attention.causal_conv1d,
-        _FLA,
-        copies=("",),
-        since=(0, 19),
-    ),
-    Patch(
-        f"{_GDN}.gdn:chunk_gated_delta_rule",
-        attention.chunk_gated_delta_rule,
-        _FLA,
-        copies=("",),
-        since=(0, 19),
-    ),
-    Patch(
-        f"{_HYBRID}.hybrid_block:TENorm",
-        modules.local_module("TENorm"),
-        _TE,
-        copies=("megatron",),
-        since=(0, 18),
-    ),
-    Patch(
-        "megatron.core.tensor_parallel.layers:reduce_from_tensor_model_parallel_region",
-        modules.reduce_from_tensor_model_parallel_region,
-        "MoE layers with biases write to its output, and torch does not allow that",
-        parameters=("input_", "group"),
-        copies=("megatron",),
-    ),
+    *MODEL,
     Patch(
         "megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
         modules.gather_along_first_dim,

@@ -91,6 +91,25 @@ def _gather_context(attention, query, key, value, attention_mask):
     return key, value, attention_mask
 
 
+class _SumGradients(torch.autograd.Function):
+    """Return the input; sum its gradient over the group's ranks.
+
+    Megatron's own of this kind loses the sum of strided gradients until Megatron 0.18
+    (``megatron/core/tensor_parallel/mappings.py:_reduce``).
+    """
+
+    @staticmethod
+    def forward(ctx, input_, group):
+        ctx.group = group
+        return input_.view_as(input_)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
 def latent_down_projection(original):
     """Let the gradient of multi-latent attention's key positions come from all heads.
 
@@ -115,7 +134,7 @@ def latent_down_projection(original):
         if self.config.sequence_parallel:
             return queries, mappings.scatter_to_sequence_parallel_region(latent, group=group)
         compressed, positions = latent.split(sizes, dim=-1)
-        positions = mappings.copy_to_tensor_model_parallel_region(positions, group=group)
+        positions = _SumGradients.apply(positions, group)
         return queries, torch.cat([compressed, positions], dim=-1)
 
     return project

@@ -14,13 +14,13 @@ import functools
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.extensions import transformer_engine
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import _initialize_affine_weight_cpu
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch.nn import functional
 
 
@@ -75,8 +75,9 @@ class DuplicatedLinear(torch.nn.Module):
         if parallel_mode != "duplicated":
             raise ValueError(f"parallel_mode {parallel_mode}: only duplicated is known")
         super().__init__()
+        self.bias: torch.nn.Parameter | None
         self.skip_bias_add = skip_bias_add
-        self.tp_group = get_tensor_model_parallel_group_if_none(tp_group)
+        self.tp_group = tp_group or parallel_state.get_tensor_model_parallel_group()
         dtype = config.params_dtype
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=dtype))
         if config.perform_initialization:
@@ -94,10 +95,9 @@ class DuplicatedLinear(torch.nn.Module):
             )
         zeros = torch.nn.Parameter(torch.zeros(output_size, dtype=dtype)) if bias else None
         self.register_parameter("bias", zeros)
+        marks = {"allreduce": True, "tensor_model_parallel": False}
         for parameter in self.parameters():
-            parameter.allreduce = True
-            parameter.sequence_parallel = config.sequence_parallel
-            parameter.tensor_model_parallel = False
+            vars(parameter).update(marks, sequence_parallel=config.sequence_parallel)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output, and the bias if it is for the caller to add."""

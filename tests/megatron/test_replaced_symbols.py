@@ -14,14 +14,20 @@ PACKAGES = ("megatron", "torch")
 
 
 def _symbols() -> dict[str, int]:
-    """Return the identity of all that modules and their classes hold, by "module:name"."""
+    """Return the identity of all that modules, their classes and specs hold, by "module:name"."""
     found = {}
-    for module_name, module in list(sys.modules.items()):
+    specs = set()
+    for module_name, module in sorted(sys.modules.items()):
         if module_name.split(".")[0] not in PACKAGES:
             continue
         for name, value in list(getattr(module, "__dict__", {}).items()):
             found[f"{module_name}:{name}"] = id(value)
-            if isinstance(value, type) and value.__module__ == module_name:
+            is_own = isinstance(value, type) and value.__module__ == module_name
+            # A spec has several names; what it holds is found under the first.
+            is_spec = type(value).__name__ == "ModuleSpec" and id(value) not in specs
+            if is_spec:
+                specs.add(id(value))
+            if is_own or is_spec:
                 for attribute, member in list(vars(value).items()):
                     found[f"{module_name}:{name}.{attribute}"] = id(member)
     return found
