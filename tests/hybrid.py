@@ -51,15 +51,17 @@ def stack_spec(num_experts=None, is_latent=False):
             }
         return dataclasses.replace(whole, submodules=dataclasses.replace(whole.submodules, **half))
 
+    # Megatron 0.18 has no such layer.
+    latent = {"mla_layer": layer(mlp=False, latent=True)} if is_latent else {}
     return ModuleSpec(
         module=HybridStack,
         params={"post_layer_norm": False},
         submodules=HybridStackSubmodules(
             mamba_layer=ModuleSpec(module=Recurrence),
             attention_layer=layer(mlp=False),
-            mla_layer=layer(mlp=False, latent=is_latent),
             mlp_layer=layer(mlp=True),
             moe_layer=layer(mlp=True, experts=num_experts or 4),
+            **latent,
         ),
     )
 

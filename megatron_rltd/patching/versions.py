@@ -38,7 +38,7 @@ RELIED_ON: tuple[Patch, ...] = (
     ),
     _relied_on("megatron.core.recompute:checkpointed_forward", since=(0, 18)),
     _relied_on("megatron.core.models.hybrid.hybrid_block:HybridStack.forward", since=(0, 18)),
-    _relied_on("megatron.core.ssm.mamba_layer:MambaLayer.forward", since=(0, 18)),
+    _relied_on("megatron.core.ssm.mamba_layer:MambaLayer.forward"),
     _relied_on("megatron.core.transformer.transformer_layer:TransformerLayer.forward"),
     _relied_on("megatron.core.transformer.transformer_layer:TransformerLayer._forward_attention"),
     _relied_on("megatron.core.transformer.module:GraphableMegatronModule.__call__"),

@@ -123,10 +123,8 @@ SHARDED = "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-p
 def test_latent_attention_is_the_same_on_many_ranks():
     alone = train(f"{BASE} {LTD} {LATENT}")
     assert_same(train(f"{BASE} {LTD} {LATENT} {SHARDED}", 4), alone, 1e-5)
-    # Its spec has a norm of its own only with Transformer Engine.
-    options = LATENT.replace("--qk-layernorm ", "")
-    in_stack = train_hybrid("+-+-+-+-", options)
-    assert_same(train_hybrid("+-+-+-+-", f"{options} {SHARDED}", 4), in_stack, 1e-5)
+    in_stack = train_hybrid("+-+-+-+-", LATENT)
+    assert_same(train_hybrid("+-+-+-+-", f"{LATENT} {SHARDED}", 4), in_stack, 1e-5)
     assert in_stack.kept == alone.kept
 
 
