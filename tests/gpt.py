@@ -69,6 +69,11 @@ def build(rotary=None, num_layers=6, rotary_percent=1.0, **options):
         position_embedding_type=rotary or "learned_absolute",
         rotary_percent=rotary_percent,
     ).double()
+    return with_random_weights(model)
+
+
+def with_random_weights(model):
+    """Return a model whose weights, biases and norms are random, in training mode."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -79,13 +79,7 @@ def build(pattern, rotary=None, **options):
         hybrid_layer_pattern=pattern,
         position_embedding_type=rotary or "learned_absolute",
     ).double()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
-            )
-    return model.train()
+    return gpt.with_random_weights(model)
 
 
 def plain_loss(model, kept: dict[int, Tensor], mask: Tensor | None = None) -> Tensor:
