@@ -14,6 +14,7 @@ from megatron_rltd.model.packed import kept_packed_angles, kept_packed_seq_param
 from megatron_rltd.tokens import ops
 from megatron_rltd.tokens.shards import positions_end_to_end
 from tests import gpt
+from tests.megatron.test_latent_attention import LATENT, YARN
 from tests.parallel import run
 
 # Of three samples of 16 tokens; document_mask() has the same. One document has no token.
@@ -132,14 +133,19 @@ def results(model, logits, labels):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("rotary", [None, "rope"])
-def test_packed_equals_masked(megatron, rotary, recompute):
+@pytest.mark.parametrize("kind", ["learned", "rope", "latent", "latent yarn"])
+def test_packed_equals_masked(megatron, kind, recompute):
     """Documents behind a mask and documents packed are the same, and keep the same tokens."""
     options = {"recompute_granularity": "full", "recompute_method": "uniform"}
-    model = gpt.build(rotary, **{**options, "recompute_num_layers": 1} if recompute else {})
-    if rotary:  # else the angles of different positions differ by float32 rounding
-        model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.double()
-        type(model.rotary_pos_emb).forward.cache_clear()
+    options = {**options, "recompute_num_layers": 1} if recompute else {}
+    options |= LATENT if "latent" in kind else {}
+    options |= YARN if "yarn" in kind else {}
+    model = gpt.build(None if kind == "learned" else "rope", **options)
+    for module in model.modules():  # else angles of different positions differ by rounding
+        for name in ("inv_freq", "inv_freq_extra", "inv_freq_inter"):
+            if hasattr(module, name):
+                setattr(module, name, getattr(module, name).double())
+                type(module).forward.cache_clear()
     tokens, labels, positions = gpt.batch()
     random_ltd = RandomLTD(RandomLTDConfig(min_tokens=8, constant=True, increment=1, strata=2))
     random_ltd.attach(model)
