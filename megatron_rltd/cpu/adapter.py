@@ -46,6 +46,7 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
     "apply_rope_fusion": False,
+    "mla_down_proj_fusion": False,
     "no_persist_layer_norm": True,
     "cross_entropy_loss_fusion": False,
     "use_flash_attn": False,

@@ -218,6 +218,8 @@ def test_latent_attention_under_tensor_parallelism(model):
 @hybrid_only
 def test_latent_attention_and_experts_in_a_hybrid_model_resume_on_more_ranks(tmp_path):
     options = f"{LARGE} {FLAGS} --qk-layernorm {EXPERTS} --no-save-optim --no-load-optim"
+    # The fusion is switched off on a CPU.
+    options += " --mla-down-proj-fusion"
     train_hybrid("+E+E", f"{options} --save {tmp_path} --save-interval 2 --exit-interval 2")
     alone = train_hybrid("+E+E", f"{options} --load {tmp_path}")
     spread = "--sequence-parallel --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
