@@ -15,6 +15,11 @@ A Hugging Face tokenizer that lies on the disk:
     python tools/preprocess_data.py --input wiki.jsonl --tokenizer-type HuggingFaceTokenizer \\
         --tokenizer-model gpt2/ --append-eod --output-prefix data/wiki
 
+A text for fine-tuning, its records joined as transformers' run_clm.py joins them:
+
+    python tools/preprocess_data.py --input train.jsonl --tokenizer-type HuggingFaceTokenizer \\
+        --tokenizer-model gpt2/ --one-sequence --output-prefix data/train
+
 Each run ends by printing the Megatron flags to train with. For bytes (ids 0 to 255, end of document
 256) they are --tokenizer-type NullTokenizer --vocab-size 257 (256 with Megatron 0.17, which counts
 differently). Otherwise they are --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER.
@@ -93,6 +98,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--eod-token", metavar="TOKEN", help=text)
     text = "end each document with the end-of-document token"
     add("--append-eod", action="store_true", help=text)
+    text = (
+        "tokenize each document alone, and join the tokens of all into one document with nothing "
+        "between them, so that Megatron trains on them in their order in pieces of --seq-length"
+    )
+    add("--one-sequence", action="store_true", help=text)
 
     add = parser.add_argument_group("output").add_argument
     text = "write PREFIX_KEY_document.bin and .idx, and replace older ones"
@@ -136,6 +146,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(
             f"--tokenizer-model {args.tokenizer_model}: there is no such file or folder; download "
             "a tokenizer first with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
+        )
+    if args.one_sequence and args.append_eod:
+        raise InputError(
+            "--one-sequence joins documents with nothing between them; omit --append-eod"
         )
     if len(set(args.json_keys)) < len(args.json_keys):
         raise InputError(f"--json-keys {' '.join(args.json_keys)}: name each key once")
@@ -222,6 +236,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer.vocab_size,
             scratch,
             skip=args.skip_bad_lines,
+            one_sequence=args.one_sequence,
             read_bytes=read_bytes,
             log_interval=args.log_interval,
         )
@@ -239,13 +254,18 @@ def report(args: argparse.Namespace, tokenizer: Tokenizer, counts: Counts, secon
         f"{counts.documents:,} documents, {tokens:,} tokens, {counts.text_bytes / 1e6:,.1f} MB of "
         f"text in {seconds:.1f} s, {counts.text_bytes / tokens:.2f} bytes per token"
     ]
+    if args.one_sequence:
+        lines.append("joined into one document of one sequence")
     if counts.skipped:
         lines.append(f"{counts.skipped:,} bad documents skipped")
     model = tokenizer.folder
     if tokenizer.is_new:
         model = stored_tokenizer(args)
         lines.append(f"stored a tokenizer of {tokenizer.vocab_size} tokens in {model}")
-    flags = [*tokenization.training_flags(model), *split_flags(counts.documents)]
+    flags = [
+        *tokenization.training_flags(model),
+        *split_flags(1 if args.one_sequence else counts.documents),
+    ]
     for path in output_paths(args).values():
         lines.append(f"train with: --data-path {shlex.join([path, *flags])}")
     # In one piece, so that a pipe to head does not break between two of them.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import preprocess_data
 import pytest
-from text_data import corpus, tokenization, workers
+from text_data import corpus, token_files, tokenization, workers
 
 TOOLS = Path(preprocess_data.__file__).parent
 EOD_TEXT = "<|endoftext|>"
@@ -208,6 +208,31 @@ def test_bytes_without_eod(tmp_path):
         *("--output-prefix", tmp_path / "out"),
     )
     assert read(tmp_path / "out_text_document") == [[list(b"abc")]]
+
+
+def test_one_sequence(bpe, tmp_path, capsys):
+    records = ["one two", " three", "", "fourfive"]
+    (tmp_path / "in.jsonl").write_text(as_jsonl(*({"text": text} for text in records)))
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{bpe[0]}_tokenizer"]
+    options = ["--input", tmp_path / "in.jsonl", *flags, "--output-prefix"]
+    assert not run(*options, tmp_path / "out", "--one-sequence")
+    stdout = capsys.readouterr().out
+    assert "4 documents, " in stdout and "joined into one document of one sequence" in stdout
+    assert printed_flags(stdout)[-4:] == ["--split", "100,0,0", "--eval-iters", "0"]
+    assert not run(*options, tmp_path / "apart")
+    apart = tokens(tmp_path / "apart_text_document")
+    assert len(apart) == 4
+    assert read(tmp_path / "out_text_document") == [[sum(apart, [])]]
+
+
+def test_one_sequence_has_a_limit(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(token_files, "MAX_SEQUENCE", 5)
+    for text, status in (("abcde", 0), ("abcdef", 2)):
+        (tmp_path / "a.txt").write_text(text)
+        options = ["--input", tmp_path / "a.txt", "--tokenizer-type", "byte", "--one-sequence"]
+        assert run(*options, "--output-prefix", tmp_path / text) == status
+    assert "--one-sequence: 6 tokens are too many, a seq" in capsys.readouterr().err
+    assert not list(tmp_path.glob("abcdef*"))
 
 
 @pytest.mark.parametrize("documents", [1, 4, 5, 9, 10, 999, 1000, 10**6])
@@ -483,6 +508,12 @@ def errors():
     bpe = ["--input", "IN/a.txt", "--tokenizer-type", "bpe"]
     keys = ["--input", "IN/a.jsonl", *byte, "--json-keys"]
     yield from (
+        (
+            "one_sequence_eod",
+            files,
+            ["--input", "IN/a.txt", *byte, "--one-sequence", "--append-eod"],
+            "--one-sequence joins documents with nothing between them; omit --append-eod",
+        ),
         ("missing", {}, ["--input", "IN/no", *byte], "--input IN/no: there is no such file"),
         ("empty", {"e": b""}, ["--input", "IN/e", *byte], "--input IN/e: all files are empty"),
         ("blank", {"e.jsonl": b"\n \n"}, ["--input", "IN/e.jsonl", *byte], "none of 0 documents"),

@@ -15,6 +15,8 @@ from text_data.tokenization import Encoded, quiet_imports
 from text_data.workers import STOP_SIGNALS, held
 
 SHOWN_SKIPS = 10
+# megatron/core/datasets/indexed_dataset.py stores the lengths of sequences as int32.
+MAX_SEQUENCE = 2**31 - 1
 
 
 @dataclass
@@ -35,6 +37,7 @@ def write(
     scratch: str,
     *,
     skip: bool,
+    one_sequence: bool,
     read_bytes: int | None,
     log_interval: int,
 ) -> Counts:
@@ -46,12 +49,14 @@ def write(
         vocab_size: Sets the type of the tokens on the disk.
         scratch: An existing folder.
         skip: Leave bad documents out.
+        one_sequence: Join the documents into one.
         read_bytes: Size of all documents, None if that is not known.
         log_interval: Documents between lines of progress where there is no bar.
 
     Raises:
         BadRecord: A document is bad, and `skip` is false.
-        InputError: No document has a token under some key: Megatron cannot map an empty file.
+        InputError: No document has a token under some key: Megatron cannot map an empty file; or
+            there are too many for one sequence.
     """
     from tqdm import tqdm
 
@@ -80,6 +85,8 @@ def write(
                     f"--input: none of {counts.documents} documents has text under '{key}' "
                     f"({counts.skipped} bad ones skipped); name files with text"
                 )
+            if one_sequence:
+                _join(builders[key], counts.tokens[key])
             builders[key].finalize(os.path.join(scratch, f"{key}.idx"))
     finally:
         bar.close()
@@ -109,6 +116,16 @@ def _builders(keys: list[str], vocab_size: int, scratch: str) -> dict:
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     dtype = DType.optimal_dtype(vocab_size)
     return {key: IndexedDatasetBuilder(os.path.join(scratch, f"{key}.bin"), dtype) for key in keys}
+
+
+def _join(builder, tokens: int) -> None:
+    """Make one document of one sequence of all that a builder has written."""
+    if tokens > MAX_SEQUENCE:
+        raise InputError(
+            f"--one-sequence: {tokens:,} tokens are too many, a sequence has {MAX_SEQUENCE:,} at "
+            "most; use less text or omit --one-sequence"
+        )
+    builder.sequence_lengths, builder.document_indices = [tokens], [0, 1]
 
 
 def publish(scratch: str, outputs: dict[str, str], folders: dict[str, str]) -> None:
