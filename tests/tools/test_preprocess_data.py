@@ -211,17 +211,17 @@ def test_bytes_without_eod(tmp_path):
 
 
 def test_one_sequence(bpe, tmp_path, capsys):
-    records = ["one two", " three", "", "fourfive"]
+    records = ["one two", " three", "", "fourfive", "six"]  # enough for a split, were they apart
     (tmp_path / "in.jsonl").write_text(as_jsonl(*({"text": text} for text in records)))
     flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{bpe[0]}_tokenizer"]
     options = ["--input", tmp_path / "in.jsonl", *flags, "--output-prefix"]
     assert not run(*options, tmp_path / "out", "--one-sequence")
     stdout = capsys.readouterr().out
-    assert "4 documents, " in stdout and "joined into one document of one sequence" in stdout
+    assert "5 documents, " in stdout and "joined into one document of one sequence" in stdout
     assert printed_flags(stdout)[-4:] == ["--split", "100,0,0", "--eval-iters", "0"]
     assert not run(*options, tmp_path / "apart")
     apart = tokens(tmp_path / "apart_text_document")
-    assert len(apart) == 4
+    assert len(apart) == 5
     assert read(tmp_path / "out_text_document") == [[sum(apart, [])]]
 
 
