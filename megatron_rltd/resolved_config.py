@@ -92,12 +92,14 @@ class ModelFacts:
             if symbol in RECURRENT and not recurrent_layers:
                 return (
                     f"group {number} ({symbols}) has a {RECURRENT[symbol]} layer, whose state "
-                    f"passes over every position: add {flag('recurrent_layers')}, or leave it out"
+                    f"passes over every position: add {flag('recurrent_layers')}, or omit "
+                    f"group {number}"
                 )
             if symbol in SPARSE:
                 return (
                     f"group {number} ({symbols}) has {SPARSE[symbol]}, which shares positions "
-                    "between layers: leave it out"
+                    f"between layers and never drops: omit it in {flag('layers')}, or train "
+                    "without --random-ltd if no other group can drop"
                 )
         return None
 
@@ -283,8 +285,11 @@ def resolve(config: RandomLTDConfig, model: ModelFacts) -> ResolvedConfig:
         else:
             problems += [f"{flag('layers')} {config.layers}: {r}" for r in reasons.values() if r]
     except ValueError as error:
-        listed = f" (groups of the hybrid pattern: {_list_groups(model)})" * bool(model.groups)
-        problems.append(f"{flag('layers')} {config.layers}: {error}{listed}")
+        said = str(error)
+        if model.groups:
+            said = said.replace("layers go", "groups go")
+            said += f" (groups of the hybrid pattern: {_list_groups(model)})"
+        problems.append(f"{flag('layers')} {config.layers}: {said}")
     require(
         not config.recurrent_layers or bool(set(RECURRENT) & set("".join(model.groups))),
         f"{flag('recurrent_layers')} does nothing without a --hybrid-layer-pattern that has "

@@ -64,8 +64,9 @@ class BorrowedRows:
             tokens, self._buffer = split_tokens(self._library, hidden_states, indices)
         elif hidden_states is not self._buffer or self._tokens is None:
             raise RuntimeError(
-                "random-LTD: something replaced the hidden states between two dropped layers; "
-                "choose --random-ltd-layers so that they are not neighbours"
+                "random-LTD: something replaced the hidden states between two dropped layers: "
+                "remove it, or choose --random-ltd-layers so that they are not neighbours; layers "
+                "of one group of a HybridModel always are, so leave that group out"
             )
         elif indices is self._indices:
             tokens, self._tokens = self._tokens, None

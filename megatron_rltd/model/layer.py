@@ -53,7 +53,7 @@ def run_layer(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
         # they could outweigh the hidden states that are not stored. Angles: `block.plan_angles`.
         is_ready = kwargs.get("rotary_pos_emb") is plan.rotary
         angles = plan.angles.get(layer.layer_number) if is_ready else None
-        arguments = subsample(kwargs, kept, plan.library, angles)
+        arguments = subsample(_read_by(layer, kwargs), kept, plan.library, angles)
         packed = plan.packed_seq_params
 
         def gather(own: Tensor) -> Tensor:
@@ -75,6 +75,15 @@ def run_layer(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
     if isinstance(output, tuple):
         return plan.borrowed.give_back(output[0], is_last), *output[1:]
     return plan.borrowed.give_back(output, is_last)
+
+
+def _read_by(layer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return a layer's arguments without those that only attention reads, if it has none."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    if not isinstance(getattr(layer, "self_attention", None), IdentityOp):
+        return arguments
+    return {**arguments, "attention_mask": None, "rotary_pos_emb": None}
 
 
 # What a dropped layer cannot take.

@@ -107,6 +107,8 @@ class RandomLTD:
             VersionError: random-LTD was not tested with this version of Megatron.
         """
         versions.check_versions(versions.find_problems())
+        if self._given is None:  # else the table of patches has said it
+            versions.print_untested()
         if self._is_attached:
             raise ModelError("random-LTD: already attached; call detach() first")
         models = list(_language_models(model if isinstance(model, (list, tuple)) else [model]))
@@ -118,8 +120,8 @@ class RandomLTD:
         is_hybrid = hasattr(models[0], "hybrid_layer_pattern")
         if self._given is not None and is_hybrid != bool(self._given.model.groups):
             built = f"this script builds a {type(models[0]).__name__}"
-            way_out = "a HybridModel is built by pretrain_hybrid.py and --hybrid-layer-pattern"
-            raise ConfigError([f"--hybrid-layer-pattern does not fit: {built}; {way_out}"])
+            way_out = "use pretrain_hybrid.py with --hybrid-layer-pattern, or omit that flag"
+            raise ConfigError([f"{built}: {way_out}"])
         blocks = [m.decoder if hasattr(m, "decoder") else m.encoder for m in models]
         problems = [
             problem for b in blocks for problem in find_refused_in_model(b.config, self.config)
@@ -243,6 +245,12 @@ class RandomLTD:
     ) -> LayerPlan:
         check_arguments(arguments, block.config)
         packed, rotary = arguments.get("packed_seq_params"), arguments.get("rotary_pos_emb")
+        if packed is not None and self.config.recurrent_layers:
+            # Such a layer would take all documents for one.
+            raise RuntimeError(
+                "random-LTD: recurrent layers cannot drop tokens of packed sequences: omit "
+                f"{flag('recurrent_layers')}"
+            )
         drawn = draw_kept(
             self.resolved,
             self._library,

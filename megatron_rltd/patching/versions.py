@@ -165,6 +165,13 @@ def describe_untested(patches: tuple[Patch, ...] = ()) -> str:
     )
 
 
+def print_untested(patches: tuple[Patch, ...] = ()) -> None:
+    """Print the same on rank 0."""
+    warning = describe_untested(patches)
+    if warning and os.environ.get("RANK", "0") == "0":
+        print(warning, file=sys.stderr, flush=True)
+
+
 def check_versions(problems: list[str]) -> None:
     """Raise VersionError, naming versions and the way out, if problems were found."""
     if problems:

@@ -101,8 +101,12 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple:
     return losses, partial(loss_func, batch["loss_mask"])
 
 
-def check_data_path(args: Any) -> None:
+def check_data_path(args: Any, megatrons: str = "pretrain_gpt.py") -> None:
     """Check that there is data for every set in use, of a kind that this script reads.
+
+    Args:
+        args: Megatron's arguments.
+        megatrons: Megatron-LM's script that reads more kinds.
 
     Raises:
         ConfigError: This script does not read data of that kind.
@@ -112,7 +116,7 @@ def check_data_path(args: Any) -> None:
     if other:
         raise ConfigError(
             [
-                f"{flag} does not work with this script: use the pretrain_gpt.py of Megatron-LM"
+                f"{flag} does not work with this script: use the {megatrons} of Megatron-LM"
                 for flag in other
             ]
         )

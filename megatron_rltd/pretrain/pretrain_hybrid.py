@@ -36,7 +36,7 @@ def main() -> None:
     if args.hybrid_layer_pattern is None:
         raise ConfigError(["there are no layers: give --hybrid-layer-pattern, such as '*-*-*-*-'"])
     args.spec = args.spec or SPEC
-    check_data_path(args)
+    check_data_path(args, "pretrain_hybrid.py")
     config = pretrain_cfg_container_from_args(args, hybrid_config_from_args(args))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 

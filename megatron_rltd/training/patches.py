@@ -6,8 +6,6 @@ given the original and always calls it. The forwards of a model's block and laye
 """
 
 import functools
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -129,7 +127,5 @@ def apply(training: Training) -> AppliedPatches:
     """
     rows = versions.rows_for_release(patches_of(training))
     versions.check_versions(versions.find_problems(rows))
-    warning = versions.describe_untested(rows)
-    if warning and os.environ.get("RANK", "0") == "0":
-        print(warning, file=sys.stderr, flush=True)
+    versions.print_untested(rows)
     return mechanism.apply(rows)

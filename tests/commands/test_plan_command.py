@@ -99,6 +99,16 @@ def test_a_dense_run_is_planned_alone():
     assert "same LayerTokens" in command(f"-- {BASE} {LTD}")[1]
 
 
+@pytest.mark.skipif(versions.release() < (0, 19), reason="no such symbols")
+def test_layers_that_need_a_gpu_are_planned_without_one():
+    before, after = f"{BASE} {LTD}".split("--num-layers 4")
+    status, text = command(f"-- {before} --hybrid-layer-pattern '*-M-*-M-*-' {after}")
+    assert (status, "5 groups of the 10 layers" in text) == (0, True), text
+    assert "of which 1 drop tokens" in text and "counts no FLOPs" not in text
+    status, text = command(f"-- {before} --hybrid-layer-pattern +-+-D- {after} --no-rope-fusion")
+    assert (status, "attention of + and D in the" in text) == (0, True), text
+
+
 def test_warnings():
     text = command(f"-- {BASE} {LTD} --layer-token-lr --lr-decay-iters 20")[1]
     assert "WARNING: the run ends at a learning rate of 2." in text

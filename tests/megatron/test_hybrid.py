@@ -144,7 +144,7 @@ def test_rows_do_not_move_inside_a_group(monkeypatch):
         ("*-*-", {}, r"no group .* drops tokens by default .*choose groups with --random-ltd-la"),
         ("*-M-*-", {}, r"no group .*group 2 \(M-\) has a Mamba-2 layer.*--random-ltd-recurrent"),
         ("*-M-*-*-", {"layers": "2-3"}, r"--random-ltd-layers 2-3: group 2 \(M-\) has a Mamba-2"),
-        ("*-*-*-", {"layers": "2,5"}, r"layers go from 1 to 3, .*groups of the hybrid pattern: "),
+        ("*-*-*-", {"layers": "2,5"}, r"groups go from 1 to 3, .*groups of the hybrid pattern: "),
         ("*-*-*-", {"recurrent_layers": True}, r"-recurrent-layers does nothing without"),
     ],
 )

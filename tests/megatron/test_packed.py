@@ -11,9 +11,10 @@ from megatron_rltd import RandomLTD, RandomLTDConfig
 from megatron_rltd.model.kept import KeptTokens
 from megatron_rltd.model.layer import check_arguments, gather_angles
 from megatron_rltd.model.packed import kept_packed_angles, kept_packed_seq_params
+from megatron_rltd.patching import versions
 from megatron_rltd.tokens import ops
 from megatron_rltd.tokens.shards import positions_end_to_end
-from tests import gpt
+from tests import gpt, hybrid
 from tests.megatron.test_latent_attention import LATENT, YARN
 from tests.parallel import run
 
@@ -159,6 +160,18 @@ def test_packed_equals_masked(megatron, kind, recompute):
     assert abs(full[0] - masked[0]) > 1e-4, "dropping changed nothing"
     for a, b in zip(ours, masked, strict=True):
         assert (a - b).abs().max() <= 1e-11 * b.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.skipif(versions.release() < (0, 18), reason="no HybridModel")
+def test_recurrent_layers_do_not_drop_in_packed_sequences(megatron):
+    model = hybrid.build("*-M-M-*-")
+    config = RandomLTDConfig(min_tokens=8, constant=True, increment=1, recurrent_layers=True)
+    random_ltd = RandomLTD(config).attach(model)
+    random_ltd.begin_step(0, 0)
+    random_ltd.begin_micro_batch(0)
+    flat = [x.reshape(1, -1) for x in (gpt.batch()[0], gpt.batch()[2])]
+    with pytest.raises(RuntimeError, match="packed sequences: omit --random-ltd-recurrent-layers"):
+        model(*flat, None, packed_seq_params=packed())
 
 
 def _packed_losses(tensor_parallel: int) -> list[float]:

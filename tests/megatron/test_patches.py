@@ -6,7 +6,10 @@ import sys
 import types
 
 import pytest
+import torch
 
+from megatron_rltd import RandomLTD, RandomLTDConfig
+from megatron_rltd.config import ModelError
 from megatron_rltd.patching import mechanism, versions
 from megatron_rltd.patching.mechanism import PatchError
 from megatron_rltd.training import patches
@@ -123,6 +126,16 @@ def test_an_unknown_source_is_named_loudly_if_the_user_goes_on(monkeypatch, caps
         return
     assert f"WARNING: megatron-core {versions.megatron_version()} is not one" in said
     assert [line for line in said.splitlines() if line.startswith("  - ")] == [f"  - {target}"]
+
+
+def test_attach_is_as_loud(monkeypatch, capsys):
+    monkeypatch.setenv(versions.ALLOW_UNTESTED, "1")
+    monkeypatch.delenv("RANK", raising=False)
+    target = "megatron.core.transformer.transformer_layer:TransformerLayer.forward"
+    monkeypatch.setitem(versions.known_fingerprints(), target, {"0.17.0": "0" * 16})
+    with pytest.raises(ModelError, match="there is no GPTModel"):
+        RandomLTD(RandomLTDConfig(constant=True)).attach(torch.nn.Linear(1, 1))
+    assert f"  - {target}" in capsys.readouterr().err
 
 
 def test_a_flag_asks_to_go_on(monkeypatch):

@@ -79,6 +79,7 @@ def prepare(flags: list[str], training: Any) -> None:
         adapter.enable()
         # The run will be on GPUs: what is checked is what the flags say, not what works here.
         adapter.CPU_ARGUMENTS.clear()
+        adapter.GPU_LAYERS.clear()
     from megatron_rltd.training import patches
 
     patches.apply(training)

@@ -134,6 +134,12 @@ def as_numbers(plan: Plan, tflops: float | None) -> dict[str, Any]:
 def warnings(plan: Plan) -> list[str]:
     """Return sentences about parts of a plan that are probably not intended."""
     run, said = plan.run, []
+    uncounted = sorted({"+", "D"} & set(getattr(plan.args, "hybrid_layer_pattern", None) or ""))
+    if uncounted:
+        said.append(
+            f"Megatron counts no FLOPs for the attention of {' and '.join(uncounted)} in the "
+            "--hybrid-layer-pattern: all FLOPs here are too few, and so are what is saved and hours"
+        )
     if run.full_length_from is None:
         last = run.segments[-1].kept
         said.append(
