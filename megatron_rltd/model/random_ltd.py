@@ -276,7 +276,7 @@ class RandomLTD:
 
     def _groups_dropping(self, block: Any) -> tuple[int, ...]:
         """Return the numbers of a block's groups that drop, in order; in a GPTModel, its layers."""
-        group_of, dropped = self.resolved.group_of, self.resolved.dropped_layers
+        group_of, dropped = self.resolved.group_of, set(self.resolved.dropped_layers)
         numbers = dict.fromkeys(group_of[layer.layer_number] for layer in block.layers)
         return tuple(n for n in numbers if n in dropped)
 

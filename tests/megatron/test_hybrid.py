@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_rltd.config import ConfigError
+from megatron_rltd.model import layer
 from megatron_rltd.patching import versions
 from megatron_rltd.tokens import ops
 from tests import gpt, hybrid
@@ -136,6 +137,15 @@ def test_rows_do_not_move_inside_a_group(monkeypatch):
     assert torch.equal(gpt.loss_of(model), unseen)
     assert seen == [gpt.SEQ]
     assert moved == [*moved_alone[:1], "merge_tokens", *moved_alone]
+
+
+def test_a_mask_is_made_for_attention_only(monkeypatch):
+    made, original = [], layer.kept_mask
+    monkeypatch.setattr(layer, "kept_mask", lambda *args: made.append(1) or original(*args))
+    model = hybrid.build("*-*-E*-*-", **MOE)
+    begin_step(attached(model))
+    gpt.loss_of(model, gpt.document_mask())
+    assert len(made) == 2, "of two dropped groups"
 
 
 @pytest.mark.parametrize(
