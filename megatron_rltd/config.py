@@ -69,8 +69,19 @@ class RandomLTDConfig:
 
     layers: str | None = None
     """Layers that drop tokens: comma-separated numbers and ranges such as 2-11,14-23, counted from
-    1 like Megatron's layer_number. Default: all but the first and the last. In a HybridModel, the
-    numbers count groups: an attention or recurrent layer and the MLP or MoE layers after it."""
+    1 like Megatron's layer_number. Default: all but the first and the last; with token-bypass, all
+    after the middle of the model but the last. In a HybridModel, the numbers count groups: an
+    attention or recurrent layer and the MLP or MoE layers after it."""
+
+    policy: Literal["random", "balanced", "token-bypass"] = "random"
+    """Who chooses the kept tokens. random: a draw for each layer and sample, as in the paper.
+    balanced: a draw in which as equal a number of layers as possible keeps each token. token-bypass
+    (arXiv 2203.13240): one set for all layers, of the tokens that are hardest to predict. It is the
+    paper's baseline, and by default only the layers after the middle of the model drop."""
+
+    bypass_random_share: float = 0.0
+    """Share of the kept tokens, from 0 to 1, that token-bypass chooses at random instead of by
+    importance."""
 
     recurrent_layers: bool = False
     """In a HybridModel, let groups with a Mamba or gated-delta-net layer drop tokens too. The kept
@@ -138,20 +149,21 @@ def options_in_force(config: RandomLTDConfig, num_layers: int) -> dict[str, Any]
     if config.constant:
         without_effect |= {"increment", "root_degree"}
     options = {name: getattr(config, name) for name in FIELDS if name not in without_effect}
-    return {**options, "layers": parse_layers(config.layers, num_layers)}
+    return {**options, "layers": parse_layers(config.layers, num_layers, config.policy)}
 
 
-def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
+def parse_layers(text: str | None, num_layers: int, policy: str = "random") -> tuple[int, ...]:
     """Return the layer numbers of ``--random-ltd-layers``, ascending.
 
     Args:
         num_layers: In a HybridModel, the number of groups.
+        policy: It decides the default.
 
     Raises:
         ValueError: Not numbers and ranges, out of 1..num_layers, or the same layer twice.
     """
     if text is None:
-        return tuple(range(2, num_layers))
+        return tuple(range(num_layers // 2 + 1 if policy == "token-bypass" else 2, num_layers))
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

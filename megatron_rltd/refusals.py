@@ -43,6 +43,10 @@ def packs_sequences(args: Any) -> Any:
     return getattr(args, "sft", None) or getattr(args, "dataloader_inter_document_masking", None)
 
 
+def _with_token_bypass(used: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda args: getattr(args, "random_ltd_policy", None) == "token-bypass" and used(args)
+
+
 def _is_hybrid(args: Any) -> Any:
     return getattr(args, "hybrid_layer_pattern", None) or getattr(args, "is_hybrid_model", None)
 
@@ -61,6 +65,54 @@ _GROW = "--random-ltd-grow-micro-batch"
 _OVER_A_PASS = "over all the micro-batches of a pass, not over each"
 _OMIT = f"omit {_GROW}"
 _STATIC = "sizes its buffers once, but the kept length changes"
+_TOKEN_BYPASS = "--random-ltd-policy token-bypass"
+_UNEVEN = "would give the ranks different numbers of kept tokens"
+# (flag, whether it is used, why, way out)
+_NOT_BYPASSED: tuple[tuple[str, Callable[[Any], Any], str, str], ...] = (
+    (
+        "--pipeline-model-parallel-size",
+        lambda args: getattr(args, "pipeline_model_parallel_size", 1) > 1,
+        "needs the tokens and their losses on every stage",
+        "one stage",
+    ),
+    (
+        "--context-parallel-size",
+        lambda args: getattr(args, "context_parallel_size", 1) > 1,
+        _UNEVEN,
+        "--context-parallel-size 1",
+    ),
+    ("--sequence-parallel", _truthy("sequence_parallel"), _UNEVEN, "omit that flag"),
+    (
+        "--random-ltd-strata",
+        lambda args: (getattr(args, "random_ltd_strata", None) or 1) > 1,
+        "keeps the most important tokens wherever they are",
+        "omit that flag",
+    ),
+    (
+        "--random-ltd-shared-indices",
+        _truthy("random_ltd_shared_indices"),
+        "chooses for each sample by its tokens",
+        "omit that flag",
+    ),
+    (
+        "--mtp-num-layers",
+        _truthy("mtp_num_layers"),
+        "was not tried with more than one prediction",
+        "omit that flag",
+    ),
+    (
+        "packed sequences",
+        packs_sequences,
+        "does not choose between the documents of a sample",
+        "omit --sft and --dataloader-inter-document-masking",
+    ),
+    (
+        "--hybrid-layer-pattern",
+        _is_hybrid,
+        "is for GPTModel and BertModel",
+        "train a GPTModel",
+    ),
+)
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("--yaml-cfg", _truthy("yaml_cfg"), "replaces the parsed flags", "use flags"),
     Refusal(  # until Megatron 0.17
@@ -104,6 +156,15 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda args: getattr(args, "random_ltd_recurrent_layers", None) and packs_sequences(args),
         "needs the boundaries of documents in a form that random-LTD does not make",
         "omit --random-ltd-recurrent-layers",
+    ),
+    *(
+        Refusal(
+            f"{_TOKEN_BYPASS} with {name}",
+            _with_token_bypass(used),
+            why,
+            f"use --random-ltd-policy random, or {way_out}",
+        )
+        for name, used, why, way_out in _NOT_BYPASSED
     ),
     Refusal(
         "--hybrid-context-parallel", _truthy("hybrid_context_parallel"), "splits samples unevenly"

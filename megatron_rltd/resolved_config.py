@@ -130,6 +130,15 @@ class ResolvedConfig:
         return number_layers(self.model.groups, self.model.num_layers)
 
     @property
+    def crossed_layer(self) -> int | None:
+        """The layer before the dropped ones that processes all tokens but changes only kept ones.
+
+        Only token-bypass has one. In the original, this layer has kept queries and all keys; here
+        it does the work of a full layer, and is counted as one.
+        """
+        return self.dropped_layers[0] - 1 if self.config.policy == "token-bypass" else None
+
+    @property
     def layer_tokens(self) -> LayerTokenCost:
         """What a step consumes."""
         return LayerTokenCost(
@@ -155,12 +164,21 @@ class ResolvedConfig:
         what = "groups of layers" if self.model.groups else "layers"
         full = [n for n in range(1, layers + 1) if n not in dropped]
         share = "one draw for each " + ("micro-batch" if config.shared_indices else "sample")
+        draws = f"draws: seed {self.seed}, {self.strata} strata, {share}"
+        if config.policy == "balanced":
+            draws += ", balanced over layers"
+        if self.crossed_layer is not None:
+            draws = (
+                "token-bypass: the kept tokens of a sample are those of the highest importance, "
+                f"{config.bypass_random_share:.0%} of them drawn with seed {self.seed}; layer "
+                f"{self.crossed_layer} processes all tokens and changes only these"
+            )
         cost = self.layer_tokens.per_sample(schedule.kept_tokens(0)) / self.layer_tokens.dense
         lines = [
             f"kept tokens: {length}",
             f"{what} that drop: {format_ranges(self.dropped_layers)} of {layers}; {what} that see "
             f"all tokens: {format_ranges(full) or 'none'}",
-            f"draws: seed {self.seed}, {self.strata} strata, {share}",
+            draws,
             f"LayerTokens of the first step: {cost:.1%} of a dense one's",
         ]
         if self.model.groups:
@@ -277,7 +295,7 @@ def resolve(config: RandomLTDConfig, model: ModelFacts) -> ResolvedConfig:
     )
     layers: tuple[int, ...] = ()
     try:
-        layers = parse_layers(config.layers, model.num_layers)
+        layers = parse_layers(config.layers, model.num_layers, config.policy)
         reasons = {n: model.why_full(n, config.recurrent_layers) for n in layers}
         if config.layers is None:
             layers = tuple(n for n in layers if reasons[n] is None)
@@ -290,6 +308,20 @@ def resolve(config: RandomLTDConfig, model: ModelFacts) -> ResolvedConfig:
             said = said.replace("layers go", "groups go")
             said += f" (groups of the hybrid pattern: {_list_groups(model)})"
         problems.append(f"{flag('layers')} {config.layers}: {said}")
+    if config.policy == "token-bypass" and layers:
+        require(
+            layers[0] > 1 and layers == tuple(range(layers[0], layers[-1] + 1)),
+            f"{flag('layers')} {config.layers}: {flag('policy')} token-bypass needs neighbouring "
+            "layers, with at least one layer before them: give one range, such as "
+            f"{model.num_layers // 2 + 1}-{model.num_layers - 1}, or omit {flag('layers')}",
+        )
+    share = config.bypass_random_share
+    require(0 <= share <= 1, f"{flag('bypass_random_share')} {share} must be from 0 to 1")
+    require(
+        not share or config.policy == "token-bypass",
+        f"{flag('bypass_random_share')} does nothing without {flag('policy')} token-bypass: omit "
+        "it, or add that",
+    )
     require(
         not config.recurrent_layers or bool(set(RECURRENT) & set("".join(model.groups))),
         f"{flag('recurrent_layers')} does nothing without a --hybrid-layer-pattern that has "

@@ -103,6 +103,8 @@ class LayerPlan(PackedSeqParams):
     Attributes:
         packed_seq_params: The block's own argument or None, for the layers that do not drop.
         kept: Layer number to its kept tokens; a layer that is absent processes all tokens.
+        crossed: Layer number to kept tokens, for layers that process all tokens, so that kept ones
+            attend to dropped ones, but change only the kept ones (TokenBypass).
         ends: Numbers of the dropped layers that give back real hidden states.
         recomputed: Numbers of the layers to checkpoint here, around the kept tokens only.
         rotary: The block's own ``rotary_pos_emb``, if `angles` was made from it.
@@ -124,6 +126,7 @@ class LayerPlan(PackedSeqParams):
             setattr(self, field.name, getattr(packed_seq_params, field.name, field.default))
         self.packed_seq_params = packed_seq_params
         self.kept = kept
+        self.crossed: dict[int, KeptTokens] = {}
         self.ends = ends
         self.recomputed = recomputed
         self.rotary: Any = None

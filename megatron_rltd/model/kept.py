@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rltd.resolved_config import ResolvedConfig
 from megatron_rltd.schedule import Step
-from megatron_rltd.tokens import ops
+from megatron_rltd.tokens.policies import Draw, Policy
 from megatron_rltd.tokens.shards import (
     OnDevice,
     context_parallel_strata,
@@ -57,6 +57,7 @@ class Pass:
 def draw_kept(
     resolved: ResolvedConfig,
     library: Any,
+    policy: Policy,
     step: Step,
     which: Pass,
     layer_numbers: tuple[int, ...],
@@ -69,6 +70,7 @@ def draw_kept(
 
     Args:
         library: From `ops.find_library`.
+        policy: Who chooses.
         layer_numbers: Numbers of the block's dropped layers.
         hidden_states: [s on this rank, b, h], or [b * s, 1, h] if `is_packed`.
         groups: The block's ``ProcessGroupCollection``.
@@ -94,15 +96,16 @@ def draw_kept(
         hidden_states.device,
         on_device,
     )
-    positions = ops.sample_positions(
-        library,
+    draw = Draw(
         resolved.seed,
         on_device(layer_numbers, hidden_states.device, torch.int64),
+        tuple(map(resolved.dropped_layers.index, layer_numbers)),
         indices,
         length,
         step.kept_tokens,
         strata,
     )
+    positions = policy.choose(library, draw)
     if 1 < positions.size(1) < samples:  # shared within each micro-batch of the pass
         positions = positions.repeat_interleave(samples // positions.size(1), dim=1)
     if is_packed:
@@ -116,10 +119,9 @@ def draw_kept(
         rows_of_rank = rows_of_strata(positions, held, length, strata, on_device)
     if rows_of_rank.size(1) != batch:
         rows_of_rank = rows_of_rank.expand(-1, batch, -1).contiguous()
-    return {
-        number: KeptTokens(rows_of_rank[i], local[i], positions[i], length)
-        for i, number in enumerate(layer_numbers)
-    }
+    drawn = [KeptTokens(*each, length) for each in zip(rows_of_rank, local, positions, strict=True)]
+    # Layers that keep the same tokens get the very same tensors: `block.BorrowedRows`.
+    return dict(zip(layer_numbers, drawn * (len(layer_numbers) // len(drawn)), strict=True))
 
 
 def _count_samples(resolved: ResolvedConfig, rows: int, batch: int, is_packed: bool) -> int:

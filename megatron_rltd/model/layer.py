@@ -69,12 +69,29 @@ def run_layer(layer: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
         output = tensor_parallel.checkpoint(run, distribute, hidden_states)
     else:
         output = run(hidden_states)
+    crossed = plan.crossed.get(layer.layer_number)
+    if crossed is not None:
+        return _update_only(crossed, hidden_states, output)
     if kept is None:
         return output
     is_last = layer.layer_number in plan.ends
     if isinstance(output, tuple):
         return plan.borrowed.give_back(output[0], is_last), *output[1:]
     return plan.borrowed.give_back(output, is_last)
+
+
+def _update_only(kept: KeptTokens, hidden_states: Tensor, output: Any) -> Any:
+    """Return a layer's output, with the rows that are not kept as they were before the layer.
+
+    Args:
+        hidden_states: [s, b, h], the layer's input.
+        output: What the layer returned for it.
+    """
+    after, *others = output if isinstance(output, tuple) else (output,)
+    is_kept = torch.zeros(after.shape[:2], dtype=torch.bool, device=after.device)
+    is_kept.scatter_(0, kept.rows.t().long(), True)
+    after = torch.where(is_kept[..., None], after, hidden_states)
+    return (after, *others) if isinstance(output, tuple) else after
 
 
 def _read_by(layer: Any, arguments: dict[str, Any]) -> dict[str, Any]:

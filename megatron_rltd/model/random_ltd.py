@@ -16,7 +16,7 @@ import collections
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,11 +33,12 @@ from megatron_rltd.model.block import (
 )
 from megatron_rltd.model.kept import Pass, draw_kept
 from megatron_rltd.model.layer import check_arguments, gather_angles, run_layer
+from megatron_rltd.model.observed import observe
 from megatron_rltd.patching import versions
 from megatron_rltd.refusals import find_refused_in_model
 from megatron_rltd.resolved_config import ModelFacts, ResolvedConfig, resolve
 from megatron_rltd.schedule import Step
-from megatron_rltd.tokens import kernels, ops
+from megatron_rltd.tokens import kernels, ops, policies
 from megatron_rltd.tokens.shards import cached_on_device
 
 
@@ -67,6 +68,9 @@ class RandomLTD:
         self._is_attached = False  # a stage may have no block in which tokens drop
         self._blocks: list[Any] = []
         self._routers: list[Any] = []
+        self._policy = policies.Policy()
+        self._policy_state: str | None = None  # of an earlier run, until a policy takes it
+        self._observed: Any = None  # the model whose losses the policy sees
         self._on_device = cached_on_device()
         try:
             self._library = ops.find_library(config.backend)
@@ -89,6 +93,8 @@ class RandomLTD:
         seq_length: int | None = None,
         seed: int = 1234,
         micro_batch_size: int = 1,
+        always_kept: Collection[int] = (),
+        padding: Collection[int] = (),
     ) -> "RandomLTD":
         """Make the decoder (BERT: encoder) layers of a model drop tokens.
 
@@ -99,6 +105,9 @@ class RandomLTD:
             seed: Seed of the sampling if the config has none.
             micro_batch_size: Samples of a micro-batch. FP8 needs a multiple of 16 or 32 rows, and a
                 larger micro-batch needs fewer tokens for that.
+            always_kept: Ids of special tokens, such as [CLS] and [MASK], that token-bypass keeps
+                before all others. Other policies do not look at tokens.
+            padding: Ids that token-bypass keeps after all others.
 
         Raises:
             ConfigError: The config does not fit the model, or the model uses something that
@@ -128,6 +137,9 @@ class RandomLTD:
         ]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
+        if self.config.policy == "token-bypass" and not _is_bypassable(models):
+            wanted = "a GPTModel or BertModel that is whole on each rank"
+            raise ConfigError([f"{flag('policy')} token-bypass needs {wanted}: use random"])
         if self._given is None:
             facts = ModelFacts.of(
                 blocks[0].config,
@@ -147,14 +159,36 @@ class RandomLTD:
             for layer in block.layers:
                 _override(layer, functools.partial(run_layer, layer, layer.forward))
         self._blocks, self._is_attached = blocks, True
+        if self.config.policy in policies.PURE:
+            self._policy = policies.PURE[self.config.policy]()
+            return self
+        self._observed = models[0]
+        share, device = self.config.bypass_random_share, next(models[0].parameters()).device
+        self._policy = policies.TokenBypass(
+            models[0].vocab_size, always_kept, padding, share, device
+        )
+        if self._policy_state is not None:
+            self._policy.load(self._policy_state)
+        observe(models[0], self._policy, lambda: self.step is not None)
         if self.config.grow_micro_batch > 1:
             self._routers = [router for m in models for router in routers.routers_of(m)]
             for router in self._routers:
                 routers.balance_each(router, lambda: self._joined)
         return self
 
+    def policy_state(self) -> str | None:
+        """Return what the policy has learned, for a checkpoint; None if it has not learned."""
+        return self._policy.state() or self._policy_state
+
+    def load_policy_state(self, state: str) -> None:
+        """Take over the `policy_state` of an earlier run, before `attach`."""
+        self._policy_state = state
+
     def detach(self) -> None:
         """Give the model its own forwards back."""
+        if self._observed is not None:
+            del self._observed.forward
+            self._policy_state, self._observed = self.policy_state(), None
         for block in self._blocks:
             for module in (block, *block.layers):
                 del module.forward
@@ -175,6 +209,7 @@ class RandomLTD:
         self.step = self.resolved.layer_tokens.step(iteration, consumed_samples)
         self._micro_batch = None
         self._passes.clear()
+        self._policy.forget()  # what a step observed that did not end
         return self.step
 
     def begin_micro_batch(self, index: int) -> None:
@@ -186,11 +221,21 @@ class RandomLTD:
         self._micro_batch = index
 
     def end_step(self) -> Step:
-        """End the training step and return it; until the next one nothing is dropped."""
+        """End the training step and return it; until the next one nothing is dropped.
+
+        Parallelism: All ranks must call it, if the policy learns.
+        """
         if self.step is None:
             raise RuntimeError("random-LTD: no step has begun")
         step, self.step = self.step, None
+        if self._observed is not None:
+            groups = self._observed.pg_collection
+            self._policy.learn([groups.tp, groups.dp])
         return step
+
+    def abandon_step(self) -> None:
+        """End the training step as if it had not been; until the next one nothing is dropped."""
+        self.step = None
 
     @property
     def is_dropping(self) -> bool:
@@ -251,9 +296,15 @@ class RandomLTD:
                 "random-LTD: recurrent layers cannot drop tokens of packed sequences: omit "
                 f"{flag('recurrent_layers')}"
             )
+        if packed is not None and self._observed is not None:
+            raise RuntimeError(
+                "random-LTD: token-bypass does not choose between the documents of packed "
+                f"sequences: use {flag('policy')} random"
+            )
         drawn = draw_kept(
             self.resolved,
             self._library,
+            self._policy,
             step,
             Pass(self._pass_index(block), self._joined[0]),
             self._groups_dropping(block),
@@ -267,6 +318,8 @@ class RandomLTD:
         extracted = arguments.get("extract_layer_indices") or ()
         ends = plan_ends(block, set(kept), extracted, grouped)
         plan = LayerPlan(packed, kept, ends, recomputed, self._library)
+        if (crossed := self.resolved.crossed_layer) is not None:
+            plan.crossed = {crossed: next(iter(drawn.values()))}  # all layers keep the same
         # Megatron recomputes groups with copies of the arguments, which cannot be recognised.
         if not grouped and plan_angles(rotary, drawn, hidden_states, bool(recomputed)):
             plan.rotary = rotary
@@ -306,6 +359,12 @@ class RandomLTD:
 @functools.cache
 def _signature(block_class: Any) -> inspect.Signature:
     return inspect.signature(block_class.forward)
+
+
+def _is_bypassable(models: list[Any]) -> bool:
+    """Return whether token-bypass can see the tokens and the losses of the models of a rank."""
+    whole = [m for m in models if m.pre_process and m.post_process]
+    return len(models) == len(whole) == 1 and not hasattr(whole[0], "hybrid_layer_pattern")
 
 
 def _language_models(models: Iterable[Any]) -> Iterator[Any]:

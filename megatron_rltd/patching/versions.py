@@ -42,6 +42,8 @@ RELIED_ON: tuple[Patch, ...] = (
     _relied_on("megatron.core.transformer.transformer_layer:TransformerLayer.forward"),
     _relied_on("megatron.core.transformer.transformer_layer:TransformerLayer._forward_attention"),
     _relied_on("megatron.core.transformer.module:GraphableMegatronModule.__call__"),
+    _relied_on("megatron.core.models.gpt.gpt_model:GPTModel.forward"),
+    _relied_on("megatron.core.models.bert.bert_model:BertModel.forward"),
     _relied_on("megatron.core.tensor_parallel.random:checkpoint"),
     _relied_on("megatron.core.tensor_parallel.mappings:_split_along_first_dim"),
     _relied_on("megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb"),

@@ -74,6 +74,12 @@ def patches_of(training: Training) -> tuple[Patch, ...]:
             parameters=("checkpoint_args",),
         ),
         Patch(
+            "megatron.training.checkpointing:generate_state_dict",
+            _through(training.generate_state_dict),
+            "saves what a policy has learned since the last checkpoint",
+            parameters=("args",),
+        ),
+        Patch(
             f"{_TRAINING}:train_step",
             _through(training.train_step),
             "sets the kept length of a step, then counts its LayerTokens",

@@ -20,7 +20,7 @@ from megatron_rltd.model.random_ltd import RandomLTD
 from megatron_rltd.refusals import packs_sequences
 from megatron_rltd.resolved_config import ResolvedConfig, resolve
 from megatron_rltd.schedule import Progress, Step
-from megatron_rltd.training import budget, checkpoint, metrics, tags
+from megatron_rltd.training import budget, checkpoint, metrics, policy, tags
 from megatron_rltd.training.arguments import (
     config_from_args,
     facts_from_args,
@@ -112,7 +112,7 @@ class Training:
         result = original(*args, **kwargs)
         if self.random_ltd is not None:
             self.random_ltd.detach()  # from the model of an earlier start in this process
-            self.random_ltd.attach(result[0])
+            self.random_ltd.attach(result[0], **policy.special_tokens(self.random_ltd))
             self._describe()
             self.continue_run()
         return result
@@ -146,6 +146,12 @@ class Training:
             self._resume(checkpoint_args, self.random_ltd)
         return result
 
+    def generate_state_dict(self, original: Callable, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        """Add to a checkpoint what the policy has learned."""
+        if self.random_ltd is not None:
+            policy.save(args, self.random_ltd)
+        return original(args, *rest, **kwargs)
+
     def train_step(self, original: Callable, *call: Any, **kwargs: Any) -> Any:
         """Run one training step with its kept length, then count and log it."""
         from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -169,10 +175,14 @@ class Training:
         joined = random_ltd.micro_batches_per_pass(micro_batches)
         try:
             result = original(*bound.args, **bound.kwargs)
-        finally:
-            random_ltd.end_step()
+        except BaseException:
+            random_ltd.abandon_step()
+            raise
         losses, should_exit = result[0], result[3]
-        if not should_exit:  # else Megatron does not count the step either
+        if should_exit:  # Megatron does not count the step either
+            random_ltd.abandon_step()
+        else:
+            random_ltd.end_step()
             samples = micro_batches * args.micro_batch_size * args.data_parallel_size
             self.ended = EndedStep(step, samples, joined)
             self._consume(self.ended)
@@ -308,7 +318,8 @@ class Training:
         for name in FIELDS:
             setattr(args, FLAG_PREFIX + name, getattr(config, name))
         resolved: ResolvedConfig = resolve(config, facts_from_args(args))
-        self._use(RandomLTD(config, resolved), args)
+        self._use(continued := RandomLTD(config, resolved), args)
+        policy.load(checkpoint_args, continued)
         rewound = getattr(args, "override_ckpt_iteration", None)
         if rewound is not None:
             end = budget.after_iterations(args, resolved, rewound)
