@@ -48,7 +48,9 @@ def continued_config(asked: RandomLTDConfig, checkpoint_args: Any, args: Any) ->
     ours, theirs = (options_in_force(config, count_groups(args)) for config in (asked, saved))
     # If the command line leaves these open, the run continues with the checkpoint's values.
     left_open = [name for name, value in (("strata", 0), ("seed", None)) if ours[name] == value]
-    differing = [n for n in FIELDS if n not in left_open and ours.get(n) != theirs.get(n)]
+    # The default of one option may depend on another; then only the other is named.
+    given = [n for n in FIELDS if n not in left_open and getattr(asked, n) != getattr(saved, n)]
+    differing = [n for n in given if ours.get(n) != theirs.get(n)]
     listed = ", ".join(
         f"{flag(n)} {getattr(asked, n)} (checkpoint: {getattr(saved, n)})" for n in differing
     )

@@ -13,11 +13,11 @@ def megatron():
         yield
 
 
-def attached(model, **options):
+def attached(model, always_kept=(), padding=(), **options):
     config = RandomLTDConfig(
         **{"min_tokens": KEPT, "constant": True, "increment": 1, "seed": SEED, **options}
     )
-    return RandomLTD(config).attach(model)
+    return RandomLTD(config).attach(model, always_kept=always_kept, padding=padding)
 
 
 def expected_kept(layers, strata=1, kept=KEPT, micro_batch=0):

@@ -13,6 +13,7 @@ from megatron_rltd.refusals import (
 from megatron_rltd.training.arguments import add_arguments, resolve_args
 
 GROW = "--random-ltd-grow-micro-batch"
+BYPASS = "--random-ltd-policy token-bypass"
 # How a user asks for each refused feature.
 COMMAND_LINES = {
     "--yaml-cfg": "--yaml-cfg x.yaml",
@@ -52,6 +53,14 @@ COMMAND_LINES = {
     f"{GROW} with --log-straggler": f"{GROW} 2 --log-straggler",
     f"{GROW} with distillation": None,  # of ModelOpt's flags
     "fused_single_qkv_rope of the TransformerConfig": None,  # has no flag
+    f"{BYPASS} with --pipeline-model-parallel-size": f"{BYPASS} --pipeline-model-parallel-size 2",
+    f"{BYPASS} with --context-parallel-size": f"{BYPASS} --context-parallel-size 2",
+    f"{BYPASS} with --sequence-parallel": f"{BYPASS} --sequence-parallel",
+    f"{BYPASS} with --random-ltd-strata": f"{BYPASS} --random-ltd-strata 2",
+    f"{BYPASS} with --random-ltd-shared-indices": f"{BYPASS} --random-ltd-shared-indices",
+    f"{BYPASS} with --mtp-num-layers": f"{BYPASS} --mtp-num-layers 1",
+    f"{BYPASS} with packed sequences": f"{BYPASS} --sft",
+    f"{BYPASS} with --hybrid-layer-pattern": f"{BYPASS} --hybrid-layer-pattern *-*-*-*-",
 }
 # The releases that have a flag, where not all do: from the first, up to but without the second.
 ONLY_IN = {

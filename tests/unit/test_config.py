@@ -50,6 +50,14 @@ def test_layers(text, layers):
     assert parse_layers(text, 8) == layers
 
 
+@pytest.mark.parametrize(("layers", "dropped"), [(12, range(7, 12)), (5, (3, 4)), (3, (2,))])
+def test_layers_of_token_bypass(layers, dropped):
+    resolved = resolve(changed(policy="token-bypass"), ModelFacts(256, layers))
+    assert resolved.dropped_layers == tuple(dropped)
+    assert resolved.crossed_layer == dropped[0] - 1
+    assert resolve(GOOD, MODEL).crossed_layer is None
+
+
 @pytest.mark.parametrize(
     ("config", "model", "messages"),
     [
@@ -75,6 +83,19 @@ def test_layers(text, layers):
         (changed(layers="two"), MODEL, ["'two' is neither a number nor a range"]),
         (changed(layers="3-"), MODEL, ["'3-' is neither a number nor a range"]),
         (changed(layers="5-3"), MODEL, ["'5-3' is neither a number nor a range"]),
+        (
+            changed(policy="token-bypass", layers="2,4"),
+            MODEL,
+            ["--random-ltd-layers 2,4", "token-bypass needs neighbouring layers", "such as 5-7"],
+        ),
+        (changed(policy="token-bypass", layers="1-3"), MODEL, ["at least one layer before them"]),
+        (changed(policy="token-bypass"), ModelFacts(256, 2), ["has no middle layer"]),
+        (changed(bypass_random_share=0.5), MODEL, ["does nothing without --random-ltd-policy"]),
+        (
+            changed(policy="token-bypass", bypass_random_share=1.5),
+            MODEL,
+            ["--random-ltd-bypass-random-share 1.5 must be from 0 to 1"],
+        ),
         (GOOD, ModelFacts(256, 2), ["--num-layers 2 has no middle layer", "--random-ltd-layers"]),
         (changed(strata=-1), MODEL, ["--random-ltd-strata -1 must not be negative"]),
         (
@@ -129,6 +150,8 @@ EXPECTED_FLAGS = {
     "--random-ltd-constant": "random_ltd_constant",
     "--random-ltd-layers": "random_ltd_layers",
     "--random-ltd-recurrent-layers": "random_ltd_recurrent_layers",
+    "--random-ltd-policy": "random_ltd_policy",
+    "--random-ltd-bypass-random-share": "random_ltd_bypass_random_share",
     "--random-ltd-strata": "random_ltd_strata",
     "--random-ltd-shared-indices": "random_ltd_shared_indices",
     "--random-ltd-seed": "random_ltd_seed",
