@@ -7,7 +7,7 @@ and imports neither torch nor Megatron.
 import importlib
 from typing import Any
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _PUBLIC = {
     "RandomLTD": "model.random_ltd",
