@@ -66,8 +66,8 @@ class ViTClassifier(CLIPViTModel):
             vp_stage=vp_stage,
         )
         width, dtype = config.hidden_size, config.params_dtype
-        if num_channels != self.conv1.in_channels:  # Megatron's are always 3
-            self.conv1 = torch.nn.Conv2d(num_channels, width, patch_dim, stride=patch_dim)
+        # Megatron's own has always 3 channels.
+        self.conv1 = torch.nn.Conv2d(num_channels, width, patch_dim, stride=patch_dim)
         self.final_layernorm = torch.nn.LayerNorm(width, config.layernorm_epsilon, dtype=dtype)
         self.head = torch.nn.Linear(width, num_classes, dtype=dtype)
         if config.perform_initialization:
@@ -75,8 +75,9 @@ class ViTClassifier(CLIPViTModel):
             for weight in (self.conv1, self.position_embeddings, self.head):
                 config.init_method(weight.weight)
             config.init_method(self.class_token)
-            for module in (self.conv1, self.head):
-                torch.nn.init.zeros_(module.bias)
+            for bias in (self.conv1.bias, self.head.bias):
+                assert bias is not None
+                torch.nn.init.zeros_(bias)
         self.fresh_head = False
         self.register_load_state_dict_pre_hook(_keep_fresh_head)
 
@@ -184,9 +185,7 @@ def checkpoint_shapes(folder: str, iteration: int | None) -> dict[str, tuple[int
     from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
     from megatron.training.checkpointing import get_load_checkpoint_path_by_args
 
-    path = get_load_checkpoint_path_by_args(
-        types.SimpleNamespace(load=folder, ckpt_step=iteration)
-    )
+    path = get_load_checkpoint_path_by_args(types.SimpleNamespace(load=folder, ckpt_step=iteration))
     if not check_is_distributed_checkpoint(path):
         return None
     found = load_tensors_metadata(path)

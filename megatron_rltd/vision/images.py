@@ -17,9 +17,7 @@ from PIL import Image
 
 from megatron_rltd.config import RankConfigError
 
-SUFFIXES = frozenset(
-    ".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jp2 .avif".split()
-)
+SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jp2 .avif".split())
 LAYOUTS = (
     "train/CLASS/*.jpg and val/CLASS/*.jpg (or .png and so on); the .bin files of CIFAR-10 or "
     "CIFAR-100; or Parquet files train*.parquet and validation*.parquet (or test*.parquet)"
@@ -116,9 +114,12 @@ class FolderImages:
         self._folder = str(folder)
         # Millions of Python strings would be copied into every worker as they are counted.
         paths = [str(Path(name, file)) for name in found for file in files[name]]
-        self._ends = np.cumsum([len(os.fsencode(path)) for path in paths], dtype=np.int64)
+        lengths = [len(os.fsencode(path)) for path in paths]
+        self._ends: np.ndarray = np.cumsum(lengths, dtype=np.int64)
         self._paths = b"".join(map(os.fsencode, paths))
-        self._labels = np.repeat([labels[n] for n in found], [len(files[n]) for n in found])
+        self._labels: np.ndarray = np.repeat(
+            [labels[n] for n in found], [len(files[n]) for n in found]
+        )
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -198,9 +199,9 @@ class CifarImages:
         for file, size in zip(files, sizes, strict=True):
             if size % self._size:
                 raise _wrong(file, f"its {size} bytes are no multiple of {self._size}")
-        self._ends = np.cumsum([size // self._size for size in sizes])
+        self._ends: np.ndarray = np.cumsum([size // self._size for size in sizes])
         for file in files:
-            records = np.fromfile(file, np.uint8).reshape(-1, self._size)
+            records: np.ndarray = np.fromfile(file, np.uint8).reshape(-1, self._size)
             labels = records[:, self._label_bytes - 1]
             if len(labels) and labels.max() >= len(self.classes):
                 raise _wrong(file, f"label {labels.max()} has no name in {names}")
@@ -220,7 +221,7 @@ class CifarImages:
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Return an image and its label."""
         file, record = self._place(index)
-        values = np.fromfile(file, np.uint8, self._size, offset=record * self._size)
+        values: np.ndarray = np.fromfile(file, np.uint8, self._size, offset=record * self._size)
         pixels = values[self._label_bytes :].reshape(3, 32, 32).transpose(1, 2, 0)
         return Image.fromarray(pixels.copy()), int(values[self._label_bytes - 1])
 
