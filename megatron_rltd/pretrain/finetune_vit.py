@@ -116,8 +116,11 @@ def read_images(args: Any) -> tuple[ImageReader, ImageReader]:
     """Return readers of the training and the validation set.
 
     Raises:
+        ConfigError: The arguments do not say where they are.
         RankConfigError: There are none, or they do not fit the arguments.
     """
+    if not args.data_path or len(args.data_path) != 1:
+        raise ConfigError(["give the folder of the images: --data-path FOLDER"])
     train, validation = find_images(args.data_path[0])
     if len(train.classes) != args.num_classes:
         raise RankConfigError(
