@@ -69,5 +69,5 @@ class Unused:
         if self.long:
             yield (
                 f"warning: {self.long:,} {total} have a sentence of more than {MAX_TOKENS} tokens; "
-                "Megatron leaves the whole document out, so split it into shorter ones"
+                "Megatron leaves the whole document out, so cut such sentences first"
             )
