@@ -200,14 +200,15 @@ def check_sets(config: Any, num_samples: list[int]) -> None:
     min_sentences = 2 if config.classification_head else 1
     problems = []
     for prefix, split, part in _sets(config):
-        if num_samples[split.value] == 0:
+        samples = num_samples[split.value]
+        if split is Split.train and samples == 0:  # with --skip-train
             continue
         dataset = IndexedDataset(prefix)
         documents = BERTMaskedWordPieceDataset.numel_low_level_dataset(dataset)
         first, last = (round(edge * float(documents)) for edge in part)  # as the builder does
         where = f"{prefix}, {split.name} set"
         problems += bert_data.document_problems(
-            dataset, first, last, config.tokenizer, min_sentences, where
+            dataset, first, last, samples, config.tokenizer, min_sentences, where
         )
     if problems:
         raise RankConfigError(problems)

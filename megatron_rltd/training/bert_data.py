@@ -78,17 +78,29 @@ def _id_of(tokenizer: Any, name: str) -> int | None:
 
 
 def document_problems(
-    dataset: Any, first: int, last: int, tokenizer: Any, min_sentences: int, where: str
+    dataset: Any,
+    first: int,
+    last: int,
+    num_samples: int | None,
+    tokenizer: Any,
+    min_sentences: int,
+    where: str,
 ) -> list[str]:
-    """Return why no sample, or a wrong one, would be made of some documents, as sentences.
+    """Return why no sample, or a wrong one, would be made of a set's documents, as sentences.
 
     Args:
         dataset: Megatron's ``IndexedDataset``; each sequence is a sentence.
         first, last: The documents are first to last - 1.
+        num_samples: That Megatron asks for; None: those of one pass over the documents.
         tokenizer: As in `tokenizer_problems`, which found nothing.
         min_sentences: 2, or 1 without the head that tells the order of two segments.
         where: The set and its files, for the message.
     """
+    if num_samples == 0:
+        return [
+            f"{where}: --eval-iters 0 asks for none of its samples, and Megatron fails on an empty "
+            "set: use --split 100,0,0, or a larger --eval-iters"
+        ]
     if first >= last:
         return [
             f"{where}: there is no document: use a larger share, or 0 as in --split 90,10,0 or "
@@ -156,12 +168,14 @@ def check_before(original: Callable, *call: Any, **kwargs: Any) -> None:
     given = inspect.signature(original).bind(*call, **kwargs).arguments
     config, indices, samples = given["config"], given["indexed_indices"], given["num_samples"]
     check_tokenizer(config.tokenizer)
-    if samples != 0:
+    is_train = given["index_split"].name == "train"
+    if samples != 0 or not is_train:  # with --skip-train, none are made of it
         first, last = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
         where = f"{given['dataset_path']}, {given['index_split'].name} set"
         min_sentences = 2 if config.classification_head else 1
+        dataset = given["indexed_dataset"]
         problems = document_problems(
-            given["indexed_dataset"], first, last, config.tokenizer, min_sentences, where
+            dataset, first, last, samples, config.tokenizer, min_sentences, where
         )
         if problems:
             raise RankConfigError(problems)
