@@ -137,7 +137,7 @@ def check_args(args: Any) -> None:
     """Check what Megatron would not say, or not clearly, before it builds anything.
 
     Args:
-        args: Megatron's arguments.
+        args: Megatron's arguments, as they are parsed.
 
     Raises:
         ConfigError: This script does not work with these flags.
@@ -255,15 +255,15 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 def main() -> None:
     """Parse Megatron's arguments and train. Megatron's releases differ here."""
+    from megatron.training.arguments import parse_args
+
     defaults = {"tokenizer_type": "BertWordPieceLowerCase"}
     model_type = ModelType.encoder_or_decoder
+    # For our own check, before Megatron builds the tokenizer.
+    args = parse_args()
+    args.tokenizer_type = args.tokenizer_type or defaults["tokenizer_type"]
+    check_args(args)
     if RELEASE < (0, 18):
-        # pretrain parses and checks the arguments itself. We parse them only for our own check.
-        from megatron.training.arguments import parse_args
-
-        args = parse_args()
-        args.tokenizer_type = args.tokenizer_type or defaults["tokenizer_type"]
-        check_args(args)
         pretrain(
             datasets_provider, model_provider, model_type, forward_step, args_defaults=defaults
         )
@@ -272,9 +272,7 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    args = parse_and_validate_args(args_defaults=defaults)
-    check_args(args)
-    config = pretrain_cfg_container_from_args(args)
+    config = pretrain_cfg_container_from_args(parse_and_validate_args(args_defaults=defaults))
     if RELEASE < (0, 19):
         pretrain(config, datasets_provider, model_provider, model_type, forward_step)
     else:
