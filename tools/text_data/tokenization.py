@@ -12,7 +12,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from text_data import wordpiece
 from text_data.corpus import BadRecord, InputError, Record, parse, read_records
@@ -107,7 +108,19 @@ def load_hugging_face(
             f"--tokenizer-model {path} needs code outside of its tokenizer.json; use it with "
             "Megatron-LM's tools/preprocess_data.py"
         )
+    if not add_special:
+        _check_for_bert(megatron, path)
     return Tokenizer(megatron.vocab_size, megatron.eod, file, folder, is_new)
+
+
+def _check_for_bert(megatron: Any, path: str) -> None:
+    """Raise InputError if BERT's data set could not train with a tokenizer."""
+    from megatron_rltd.training.bert_data import tokenizer_problems
+
+    names = ("pad", "unk", "cls", "sep", "mask")
+    ids = {name: getattr(megatron, f"{name}_id") for name in names}
+    for problem in tokenizer_problems(SimpleNamespace(**ids, eod=megatron.eod)):
+        raise InputError(f"--tokenizer-model {path}: {problem}")
 
 
 def store_hugging_face(path: str, eod_token: str | None, folder: str) -> None:
