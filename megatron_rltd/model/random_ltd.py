@@ -35,7 +35,11 @@ from megatron_rltd.model.kept import Pass, draw_kept
 from megatron_rltd.model.layer import check_arguments, gather_angles, run_layer
 from megatron_rltd.model.observed import observe
 from megatron_rltd.patching import versions
-from megatron_rltd.refusals import find_refused_in_model, find_refused_vision_layout
+from megatron_rltd.refusals import (
+    BERT_WITH_CONTEXT_PARALLELISM,
+    find_refused_in_model,
+    find_refused_vision_layout,
+)
 from megatron_rltd.resolved_config import ModelFacts, ResolvedConfig, resolve
 from megatron_rltd.schedule import Step
 from megatron_rltd.tokens import kernels, ops, policies
@@ -141,6 +145,9 @@ class RandomLTD:
         is_vision = not hasattr(models[0], "max_sequence_length")
         if is_vision:
             problems += find_refused_vision_layout(blocks[0].config)
+        # A GPT's block is its decoder, BERT's its encoder.
+        if not hasattr(models[0], "decoder") and blocks[0].config.context_parallel_size > 1:
+            problems.append(BERT_WITH_CONTEXT_PARALLELISM)
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
         if self.config.policy == "token-bypass" and not _is_bypassable(models):

@@ -273,7 +273,8 @@ def _record_steps() -> dict[str, Any]:
         record["learning_rates"].append(group["lr"])
         record["weight_decays"].append(group["weight_decay"])
         if losses:
-            record["losses"].append(float(losses["lm loss"]))
+            parts = (losses[name] for name in ("lm loss", "sop loss") if name in losses)
+            record["losses"].append(sum(map(float, parts)))
             record["accuracies"] += map(float, [losses[n] for n in losses if n == "accuracy"])
         if "random-ltd kept tokens" in losses:
             record["kept"].append(float(losses["random-ltd kept tokens"]))
