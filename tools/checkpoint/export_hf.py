@@ -5,10 +5,11 @@
 
 GPT-2's architecture (learned positions, LayerNorm, GELU, biases) becomes a GPT2LMHeadModel. Llama's
 (RoPE, RMSNorm, SwiGLU, no biases, with or without GQA) becomes a LlamaForCausalLM. Embeddings may
-be tied or not. A HybridModel of the pattern *-*-... counts as a GPTModel of half as many layers.
-Anything else is refused. The checkpoint says everything about the model; you may have trained it on
-any parallel layout. The tool is one process and needs no GPU. It takes about twice the memory of
-the model, in the stored dtype, and does not read the optimizer.
+be tied or not. A HybridModel of the pattern *-*-... counts as a GPTModel of half as many layers. A
+BertModel becomes a MegatronBertForPreTraining, or a MegatronBertForMaskedLM if it was trained with
+--bert-no-binary-head. Anything else is refused. The checkpoint says everything about the model; you
+may have trained it on any parallel layout. The tool is one process and needs no GPU. It takes about
+twice the memory of the model, in the stored dtype, and does not read the optimizer.
 
 A checkpoint of random-LTD is an ordinary one: evaluation drops nothing.
 """
@@ -24,6 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 DTYPES = ("float32", "bfloat16", "float16")
+ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "bert": "MegatronBertForPreTraining",
+    "bert_mlm": "MegatronBertForMaskedLM",
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -65,24 +72,34 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
     Raises:
         ConversionError: The checkpoint cannot be exported.
     """
+    import hf_bert
     import hf_checkpoint
     import hf_config
+    import hf_names
     import hf_tokenizer
     import hf_weights
     import torch
 
     folder = hf_checkpoint.find(options.load, options.iteration)
     args = hf_config.as_gpt(hf_checkpoint.stored_args(folder))
-    family = hf_config.family_of(args)
     shapes = hf_checkpoint.tensor_shapes(folder)
+    family = hf_names.family_of(shapes)
+    is_bert = family is not None
+    if family is None:
+        family = hf_config.family_of(args)
+    else:
+        hf_bert.check_args(args)
     hf_weights.check_names(family, hf_config.shape_of(args, 0), shapes)
     tokenizer = hf_tokenizer.write(
         scratch, args, options.tokenizer, options.vocab_file, options.merge_file
     )
     rows = shapes["embedding.word_embeddings.weight"][0]
     vocabulary = hf_tokenizer.vocabulary(args, tokenizer, options.vocab_size, rows)
-    ends = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
-    config = hf_config.config_of(family, args, vocabulary, ends)
+    if is_bert:
+        config = hf_bert.config_of(args, vocabulary, getattr(tokenizer, "pad_token_id", None))
+    else:
+        ends = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
+        config = hf_config.config_of(family, args, vocabulary, ends)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     weights = {
         name: tensor.contiguous()
@@ -94,17 +111,24 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
         )
     }
     config.dtype = weights[next(iter(weights))].dtype
+    config.architectures = [ARCHITECTURES[family]]
     parameters = sum(tensor.numel() for tensor in weights.values())
-    kind = f"{hf_weights.TITLES[family]}, {parameters:,} parameters in {str(config.dtype)[6:]}"
+    if family == "bert_mlm":
+        weights |= [hf_bert.without_types(config, weights[next(iter(weights))])]
+    kind = (
+        f"{hf_names.FAMILIES[family].title}, {parameters:,} parameters in {str(config.dtype)[6:]}"
+    )
     said = [
         f"{kind}, from {folder}",
         f"vocabulary: {vocabulary:,} tokens, {rows - vocabulary:,} rows of padding cut off",
     ]
+    if is_bert:
+        said += hf_bert.notes(family, config)
     if family == "gpt2":
         said.append(f"activation: {config.activation_function}, as the run computed it")
     if tokenizer is None:
         said.append("no tokenizer: evaluation needs one, see --tokenizer")
-    elif tokenizer.eos_token is None:
+    elif tokenizer.eos_token is None and not is_bert:
         said.append("the tokenizer names no end-of-text token (eos_token), as evaluation needs")
     return config, weights, said
 
@@ -112,14 +136,15 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
 def save(config: Any, weights: dict[str, Any], folder: Path) -> None:
     """Let transformers write the model, every parameter of which must be there and no other."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
+    from hf_names import TIED
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = getattr(transformers, config.architectures[0])(config)
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    assert not unexpected and set(missing) <= set(TIED), (missing, unexpected)
     weights.clear()
     model.tie_weights()
     model.save_pretrained(folder)

@@ -19,11 +19,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from hf_names import FAMILIES
 from hf_weights import ConversionError
 from torch import Tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron's name of a checkpoint that was converted: without an iteration
+# Of a layer.
 WITH_EXTRA_STATE = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -31,6 +33,7 @@ WITH_EXTRA_STATE = (
     "mlp.linear_fc2",
 )
 OF_MODEL = ("embedding.", "decoder.", "output_layer.", "mtp.")
+OF_MODEL += ("encoder.", "lm_head.", "pooler.", "binary_head.")  # BERT's
 # A HybridModel's layers are stored one by one, a GPTModel's as one tensor of all layers.
 _NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.")
 _HYBRID_NORM, _GPT_NORM = "decoder.final_norm.", "decoder.final_layernorm."
@@ -202,17 +205,21 @@ def parse(flags: list[str]) -> Any:
     return args
 
 
-def write(save: Path, args: Any, tensors: Iterable[tuple[str, int | None, Tensor]]) -> Path:
+def write(
+    save: Path, family: str, args: Any, tensors: Iterable[tuple[str, int | None, Tensor]]
+) -> Path:
     """Write a converted checkpoint and say that it is the latest; return its folder.
 
     Args:
         save: An empty folder.
+        family: Of `hf_names.FAMILIES`.
         args: Megatron's arguments, to be stored.
         tensors: (name, layer from 0 or None, tensor).
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
+    stored_in = FAMILIES[family]
     folder = save / RELEASE
     folder.mkdir()
     model = {}
@@ -225,10 +232,11 @@ def write(save: Path, args: Any, tensors: Iterable[tuple[str, int | None, Tensor
             model[f"{name}.{layer}"] = part
     # Where Transformer Engine keeps FP8 scales: it asks for them on loading, and local layers, too.
     for module in WITH_EXTRA_STATE:
-        name, layers = f"decoder.layers.{module}._extra_state", (args.num_layers,)
+        name, layers = f"{stored_in.layers}.{module}._extra_state", (args.num_layers,)
         model |= {f"{name}.{i}": ShardedObject(name, None, layers, (i,)) for i in range(*layers)}
-    name = "decoder.final_layernorm._extra_state"
-    model[name] = ShardedObject(name, None, (1,), (0,))
+    for module in stored_in.with_extra_state:
+        name = f"{module}._extra_state"
+        model[name] = ShardedObject(name, None, (1,), (0,))
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
     metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     dist_checkpointing.save(state, str(folder), content_metadata=metadata)

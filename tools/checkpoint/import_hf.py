@@ -1,13 +1,14 @@
-"""Write a GPT-2 or Llama of Hugging Face's transformers as a checkpoint that Megatron starts from.
+"""Write a model of Hugging Face's transformers as a checkpoint that Megatron starts from.
 
     python tools/checkpoint/import_hf.py --input GPT2_FOLDER --output CHECKPOINTS
 
-The folder is what save_pretrained wrote, or a download of a published model. The checkpoint loads
-on any parallel layout, in Megatron-LM and here, with the flags that are printed:
+The model is a GPT-2, a Llama or a MegatronBert. The folder is what save_pretrained wrote, or a
+download of a published model. The checkpoint loads on any parallel layout, in Megatron-LM and here,
+with the script and the flags that are printed:
 
     torchrun ... -m megatron_rltd pretrain_gpt --load CHECKPOINTS --finetune <the flags> ...
 
-It holds weights and no optimizer. Models that Megatron's GPT would compute differently are refused.
+It holds weights and no optimizer. Models that Megatron would compute differently are refused.
 """
 
 import argparse
@@ -54,23 +55,27 @@ def convert(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[str]]
     Raises:
         ConversionError: The model cannot be imported.
     """
+    import hf_bert
     import hf_checkpoint
     import hf_config
+    import hf_names
     import hf_tokenizer
     import hf_weights
     import torch
-    from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(options.input)
-    except (ValueError, KeyError) as problem:
-        reason = " ".join(str(problem).split()).split(". ")[0]
-        raise hf_weights.ConversionError(f"--input {options.input}: {reason}") from None
-    family = hf_config.check_config(config)
-    shape = hf_config.shape_of_config(config)
+    config = read_config(options.input)
+    stored = hf_weights.stored(options.input, hf_names.MODEL_TYPES[config.model_type])
+    if config.model_type == hf_bert.MODEL_TYPE:
+        family = hf_bert.check_config(config, stored)
+        shape, flags = hf_bert.shape_of_config(config), hf_bert.flags_of(family, config)
+        if family == "bert_mlm":
+            hf_bert.drop_types(stored)
+    else:
+        family = hf_config.check_config(config)
+        shape, flags = hf_config.shape_of_config(config), hf_config.flags_of(config)
+    hf_weights.check_tensors(options.input, hf_weights.theirs(family, shape), stored, shape.tied)
     multiple = options.make_vocab_size_divisible_by
     rows = -(-config.vocab_size // multiple) * multiple
-    flags = hf_config.flags_of(config)
     positions = config.max_position_embeddings
     if (options.seq_length or 0) > positions:
         raise hf_weights.ConversionError(
@@ -78,24 +83,51 @@ def convert(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[str]]
         )
     flags += ["--seq-length", str(options.seq_length or positions)]
     flags += ["--padded-vocab-size", str(rows)]
-    has_tokenizer = any(options.input.glob("tokenizer*.json"))
-    if has_tokenizer or (options.input / "vocab.json").is_file():
+    patterns = ("tokenizer*.json", "vocab.json", "vocab.txt")
+    if any(file for pattern in patterns for file in options.input.glob(pattern)):
         tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer"]
         tokenizer += ["--tokenizer-model", str(options.input.absolute())]
     else:
         size = config.vocab_size - hf_tokenizer.tokens_beyond_vocab_size()
         tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(size)]
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    stored = hf_weights.stored(options.input, family)
-    hf_weights.check_tensors(options.input, hf_weights.theirs(family, shape), stored, shape.tied)
 
     def read(name: str) -> torch.Tensor:
         tensor = stored[name]()
         return tensor if dtype is None else tensor.to(dtype)
 
     args = hf_checkpoint.parse([*flags, *tokenizer])
-    hf_checkpoint.write(scratch, args, hf_weights.to_megatron(family, shape, rows, read))
+    hf_checkpoint.write(scratch, family, args, hf_weights.to_megatron(family, shape, rows, read))
     return config, [*flags, *tokenizer]
+
+
+def read_config(folder: Path) -> Any:
+    """Return the configuration of a model that may be one of ours.
+
+    Raises:
+        ConversionError: It is none.
+    """
+    import hf_bert
+    from hf_names import MODEL_TYPES
+    from hf_weights import ConversionError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError) as problem:
+        reason = " ".join(str(problem).split()).split(". ")[0]
+        raise ConversionError(f"--input {folder}: {reason}") from None
+    if config.model_type in hf_bert.POST_NORM:
+        raise ConversionError(
+            f"model_type {config.model_type}: its norms are behind attention and MLP (post-LN), "
+            "those of Megatron's BertModel before them, so that its weights mean something else "
+            "there; only megatron-bert is imported"
+        )
+    if config.model_type not in MODEL_TYPES:
+        *first, last = MODEL_TYPES
+        known = f"{', '.join(first)} and {last}"
+        raise ConversionError(f"model_type {config.model_type}: only {known} are imported")
+    return config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,16 +145,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"import_hf: {error}", file=sys.stderr)
         return 2
     load = ["--load", str(options.output), "--finetune"]
-    print(f"{options.output}: a {config.model_type}; train it with\n")
+    script = "pretrain_bert" if config.model_type == "megatron-bert" else "pretrain_gpt"
+    print(f"{options.output}: a {config.model_type}; train it with {script} and\n")
     print("  " + shlex.join([*load, *flags]) + "\n")
     print(
         "or with --use-checkpoint-args, which replaces all of these except "
         f"{shlex.join(not_stored(flags))}"
     )
-    if getattr(config, "activation_function", None) in TANH_GELUS:
+    activation = getattr(config, "activation_function", getattr(config, "hidden_act", None))
+    if activation in TANH_GELUS:
         print(
-            f"{config.activation_function} is Megatron's GELU fused with the bias, the default on "
+            f"{activation} is Megatron's GELU fused with the bias, the default on "
             "a GPU; with --no-bias-gelu-fusion, and on a CPU, GELU is exact"
+            + ("; in the language-model head it always is" if script == "pretrain_bert" else "")
+        )
+    if script == "pretrain_bert" and "NullTokenizer" in flags:
+        print(
+            "the folder has no tokenizer, and BERT's data need one with [CLS], [SEP], [MASK] and "
+            "[PAD]: give yours instead of the NullTokenizer"
         )
     return 0
 
@@ -136,7 +176,7 @@ def not_stored(flags: list[str]) -> list[str]:
     for flag in flags:
         if flag.startswith("--"):
             takes = flag in ("--norm-epsilon", "--no-bias-gelu-fusion") or "tokenizer" in flag
-            takes = takes or flag == "--vocab-size"
+            takes = takes or flag in ("--vocab-size", "--bert-no-binary-head")
         if takes:
             kept.append(flag)
     return kept
