@@ -246,6 +246,33 @@ def find_refused_in_model(transformer_config: Any, config: RandomLTDConfig) -> l
     return find_refused(SimpleNamespace(**vars(transformer_config), **ours))
 
 
+def find_refused_vision_layout(config: Any) -> list[str]:
+    """Return a sentence for every parallelism that Megatron's CLIPViTModel does not implement.
+
+    Args:
+        config: A ``TransformerConfig`` or Megatron's arguments.
+    """
+    problems = []
+    if config.pipeline_model_parallel_size > 1:
+        problems.append(
+            f"--pipeline-model-parallel-size {config.pipeline_model_parallel_size} with a ViT "
+            "waits for ever, as Megatron's CLIPViTModel has no pipeline stages: use "
+            "--pipeline-model-parallel-size 1"
+        )
+    if config.context_parallel_size > 1:
+        problems.append(
+            f"--context-parallel-size {config.context_parallel_size} with a ViT: Megatron's "
+            "CLIPViTModel does not split the patches of an image: use --context-parallel-size 1"
+        )
+    if config.sequence_parallel and config.tensor_model_parallel_size > 1:
+        problems.append(
+            "--sequence-parallel with a ViT: Megatron's CLIPViTModel does not split the patches "
+            "of an image, and patches and class token seldom divide by "
+            "--tensor-model-parallel-size: omit --sequence-parallel"
+        )
+    return problems
+
+
 def refuse_command_line(argv: list[str]) -> None:
     """Refuse flags that keep Megatron from validating its arguments.
 

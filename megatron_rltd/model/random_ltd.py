@@ -34,7 +34,7 @@ from megatron_rltd.model.block import (
 from megatron_rltd.model.kept import Pass, draw_kept
 from megatron_rltd.model.layer import check_arguments, gather_angles, run_layer
 from megatron_rltd.patching import versions
-from megatron_rltd.refusals import find_refused_in_model
+from megatron_rltd.refusals import find_refused_in_model, find_refused_vision_layout
 from megatron_rltd.resolved_config import ModelFacts, ResolvedConfig, resolve
 from megatron_rltd.schedule import Step
 from megatron_rltd.tokens import kernels, ops
@@ -93,9 +93,11 @@ class RandomLTD:
         """Make the decoder (BERT: encoder) layers of a model drop tokens.
 
         Args:
-            model: A Megatron-core GPTModel, HybridModel or BertModel, wrapped or not, or the list
-                of model chunks of this pipeline rank. All ranks must attach the same config.
-            seq_length: Tokens per sample; default: the model's ``max_sequence_length``.
+            model: A Megatron-core GPTModel, HybridModel, BertModel or CLIPViTModel, wrapped or not,
+                or the list of model chunks of this pipeline rank. All ranks must attach the same
+                config. A CLIPViTModel that is the vision tower of a larger model never drops.
+            seq_length: Tokens per sample; default: the model's ``max_sequence_length``, or the
+                ``seq_length`` of a CLIPViTModel (its patches and class token).
             seed: Seed of the sampling if the config has none.
             micro_batch_size: Samples of a micro-batch. FP8 needs a multiple of 16 or 32 rows, and a
                 larger micro-batch needs fewer tokens for that.
@@ -111,11 +113,12 @@ class RandomLTD:
             versions.print_untested()
         if self._is_attached:
             raise ModelError("random-LTD: already attached; call detach() first")
-        models = list(_language_models(model if isinstance(model, (list, tuple)) else [model]))
+        chunks = model if isinstance(model, (list, tuple)) else [model]
+        models = list(_language_models(chunks)) or list(_vision_models(chunks))
         if not models:
             raise ModelError(
-                "random-LTD: there is no GPTModel, HybridModel (of megatron-core 0.18 or newer) or "
-                "BertModel to drop tokens in"
+                "random-LTD: there is no GPTModel, HybridModel (of megatron-core 0.18 or newer), "
+                "BertModel or CLIPViTModel to drop tokens in; a vision tower never drops"
             )
         is_hybrid = hasattr(models[0], "hybrid_layer_pattern")
         if self._given is not None and is_hybrid != bool(self._given.model.groups):
@@ -126,12 +129,16 @@ class RandomLTD:
         problems = [
             problem for b in blocks for problem in find_refused_in_model(b.config, self.config)
         ]
+        is_vision = not hasattr(models[0], "max_sequence_length")
+        if is_vision:
+            problems += find_refused_vision_layout(blocks[0].config)
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
         if self._given is None:
+            length = models[0].seq_length if is_vision else models[0].max_sequence_length
             facts = ModelFacts.of(
                 blocks[0].config,
-                seq_length=seq_length or models[0].max_sequence_length,
+                seq_length=seq_length or length,
                 seed=seed,
                 micro_batch_size=micro_batch_size,
                 pattern=getattr(models[0], "hybrid_layer_pattern", None),
@@ -181,7 +188,7 @@ class RandomLTD:
         """Say which micro-batch of the step, from 0, the next forward pass processes.
 
         You need this only for BERT, and for a loop that does not use Megatron's pipeline schedules.
-        The schedules tell it to the layers of a GPTModel and a HybridModel.
+        The schedules tell it to the layers of a GPTModel, a HybridModel and a CLIPViTModel.
         """
         self._micro_batch = index
 
@@ -320,6 +327,18 @@ def _language_models(models: Iterable[Any]) -> Iterator[Any]:
         kinds.append(HybridModel)
     for model in models:
         yield from (m for m in model.modules() if isinstance(m, tuple(kinds)))
+
+
+def _vision_models(models: Iterable[Any]) -> Iterator[Any]:
+    """Yield every CLIPViTModel in `models` that is not the vision tower of a larger model."""
+    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+
+    for model in models:
+        modules = list(model.modules())
+        # A multimodal model has this attribute also on the pipeline stages of its tower, where no
+        # language model is.
+        if not any(hasattr(m, "language_model") for m in modules):
+            yield from (m for m in modules if isinstance(m, CLIPViTModel))
 
 
 def _override(module: torch.nn.Module, forward: Callable) -> None:

@@ -410,7 +410,7 @@ def test_attaching_twice_or_to_nothing_is_an_error():
     attached(model)
     with pytest.raises(RuntimeError, match="already attached"):
         attached(model)
-    with pytest.raises(RuntimeError, match="no GPTModel, HybridModel .* or BertModel"):
+    with pytest.raises(RuntimeError, match="no GPTModel, HybridModel .*, BertModel or CLIP"):
         attached(torch.nn.Linear(2, 2))
 
 

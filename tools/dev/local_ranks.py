@@ -189,6 +189,7 @@ class Training:
         validation: Loss of each evaluation.
         flops: Megatron's count for each step.
         logged_flops: Megatron's count for each log line, of which it makes TFLOP/s.
+        accuracies: Of each step and each evaluation, in order, if the script reports it.
         kept: Kept tokens of each step, if logged.
         layer_tokens: ``args.random_ltd_layer_tokens`` at the end, if there.
         learning_rates: After each step.
@@ -202,6 +203,7 @@ class Training:
     validation: list[float]
     flops: list[float]
     logged_flops: list[float]
+    accuracies: list[float]
     kept: list[float]
     learning_rates: list[float]
     weight_decays: list[float]
@@ -259,8 +261,8 @@ def _record_steps() -> dict[str, Any]:
     """Record what the training loop's functions return, outside of every patch."""
     from megatron.training import training
 
-    names = "losses grad_norms validation flops logged_flops kept learning_rates weight_decays"
-    record: dict[str, Any] = {name: [] for name in names.split()}
+    names = "losses grad_norms validation flops logged_flops accuracies kept learning_rates"
+    record: dict[str, Any] = {name: [] for name in (*names.split(), "weight_decays")}
     train_step, evaluate = training.train_step, training.evaluate
     count = training.num_floating_point_operations
     in_log: list[bool] = []
@@ -272,6 +274,7 @@ def _record_steps() -> dict[str, Any]:
         record["weight_decays"].append(group["weight_decay"])
         if losses:
             record["losses"].append(float(losses["lm loss"]))
+            record["accuracies"] += map(float, [losses[n] for n in losses if n == "accuracy"])
         if "random-ltd kept tokens" in losses:
             record["kept"].append(float(losses["random-ltd kept tokens"]))
         record["grad_norms"].append(None if grad_norm is None else float(grad_norm))
@@ -282,6 +285,7 @@ def _record_steps() -> dict[str, Any]:
         result = evaluate(*args, **kwargs)
         if result[0]:
             record["validation"].append(float(result[0]["lm loss"]))
+            record["accuracies"] += map(float, [result[0][n] for n in result[0] if n == "accuracy"])
         return result
 
     def recorded_count(*args, **kwargs):

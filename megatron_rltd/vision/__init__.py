@@ -1,0 +1,1 @@
+"""Vision transformers: the classifier of `finetune_vit`, and the images that it reads."""
