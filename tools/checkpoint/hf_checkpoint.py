@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,8 +32,9 @@ WITH_EXTRA_STATE = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-OF_MODEL = ("embedding.", "decoder.", "output_layer.", "mtp.")
-OF_MODEL += ("encoder.", "lm_head.", "pooler.", "binary_head.")  # BERT's
+OF_MODEL = tuple("embedding. decoder. output_layer. mtp.".split())
+OF_MODEL += tuple("encoder. lm_head. pooler. binary_head.".split())  # BERT's
+OF_MODEL += tuple("conv1. class_token position_embeddings. final_layernorm. head.".split())  # ViT's
 # A HybridModel's layers are stored one by one, a GPTModel's as one tensor of all layers.
 _NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.")
 _HYBRID_NORM, _GPT_NORM = "decoder.final_norm.", "decoder.final_layernorm."
@@ -185,8 +186,12 @@ def _readable(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def parse(flags: list[str]) -> Any:
-    """Return Megatron's arguments for flags, checked and completed by Megatron."""
+def parse(flags: list[str], extra: Callable | None = None) -> Any:
+    """Return Megatron's arguments for flags, checked and completed by Megatron.
+
+    Args:
+        extra: An ``extra_args_provider`` of Megatron's, which adds flags.
+    """
     from megatron.training import arguments
 
     # What any machine has: they say how to compute, not what, and no run takes them over.
@@ -194,7 +199,7 @@ def parse(flags: list[str]) -> Any:
     anywhere += ["--no-gradient-accumulation-fusion", "--no-rope-fusion", "--micro-batch-size", "1"]
     before, sys.argv = sys.argv, ["pretrain_gpt.py", *anywhere, *flags]
     try:
-        args = arguments.parse_args()
+        args = arguments.parse_args(extra)
         fusion = args.bias_gelu_fusion
         with contextlib.redirect_stdout(None):
             arguments.validate_args(args)

@@ -1,7 +1,7 @@
 """What Megatron's arguments and a Hugging Face configuration say of the same GPT.
 
-`hf_bert` says it of BERT. Either way, what the other side does not have is refused, all of it at
-once and by name.
+`hf_bert` and `hf_vit` say it of these. Either way, what the other side does not have is refused,
+all at once and by name.
 """
 
 import copy

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 # How Megatron's tensor becomes Hugging Face's: (of Megatron, the names there). Both ways.
-SAME, TRANSPOSED, NORM, ROWS, ROWS_TWICE, GATED, QKV, FUSED_QKV = (
-    "same transposed norm rows rows_twice gated qkv fused_qkv".split()
+SAME, TRANSPOSED, NORM, ROWS, ROWS_TWICE, BATCHED, GATED, QKV, STACKED_QKV, FUSED_QKV = (
+    "same transposed norm rows rows_twice batched gated qkv stacked_qkv fused_qkv".split()
 )
 Names = dict[str, tuple[str, tuple[str, ...]]]
 
@@ -95,6 +95,62 @@ _BERT: Names = _BERT_MLM | {
     "binary_head.bias": (SAME, ("cls.seq_relationship.bias",)),
 }
 
+# `megatron_rltd.vision.classifier.ViTClassifier`: transformers' ViTForImageClassification.
+_VIT_LAYER: Names = {
+    "self_attention.linear_qkv.layer_norm_weight": (NORM, ("layernorm_before.weight",)),
+    "self_attention.linear_qkv.layer_norm_bias": (SAME, ("layernorm_before.bias",)),
+    "self_attention.linear_qkv.weight": (
+        QKV,
+        tuple(f"attention.attention.{name}.weight" for name in ("query", "key", "value")),
+    ),
+    "self_attention.linear_qkv.bias": (
+        QKV,
+        tuple(f"attention.attention.{name}.bias" for name in ("query", "key", "value")),
+    ),
+    "self_attention.linear_proj.weight": (SAME, ("attention.output.dense.weight",)),
+    "self_attention.linear_proj.bias": (SAME, ("attention.output.dense.bias",)),
+    "mlp.linear_fc1.layer_norm_weight": (NORM, ("layernorm_after.weight",)),
+    "mlp.linear_fc1.layer_norm_bias": (SAME, ("layernorm_after.bias",)),
+    "mlp.linear_fc1.weight": (SAME, ("intermediate.dense.weight",)),
+    "mlp.linear_fc1.bias": (SAME, ("intermediate.dense.bias",)),
+    "mlp.linear_fc2.weight": (SAME, ("output.dense.weight",)),
+    "mlp.linear_fc2.bias": (SAME, ("output.dense.bias",)),
+}
+_VIT: Names = {
+    "conv1.weight": (SAME, ("vit.embeddings.patch_embeddings.projection.weight",)),
+    "conv1.bias": (SAME, ("vit.embeddings.patch_embeddings.projection.bias",)),
+    "class_token": (SAME, ("vit.embeddings.cls_token",)),
+    "position_embeddings.weight": (BATCHED, ("vit.embeddings.position_embeddings",)),
+    "final_layernorm.weight": (SAME, ("vit.layernorm.weight",)),
+    "final_layernorm.bias": (SAME, ("vit.layernorm.bias",)),
+    "head.weight": (SAME, ("classifier.weight",)),
+    "head.bias": (SAME, ("classifier.bias",)),
+}
+_TIMM_LAYER: Names = {
+    "self_attention.linear_qkv.layer_norm_weight": (NORM, ("norm1.weight",)),
+    "self_attention.linear_qkv.layer_norm_bias": (SAME, ("norm1.bias",)),
+    "self_attention.linear_qkv.weight": (STACKED_QKV, ("attn.qkv.weight",)),
+    "self_attention.linear_qkv.bias": (STACKED_QKV, ("attn.qkv.bias",)),
+    "self_attention.linear_proj.weight": (SAME, ("attn.proj.weight",)),
+    "self_attention.linear_proj.bias": (SAME, ("attn.proj.bias",)),
+    "mlp.linear_fc1.layer_norm_weight": (NORM, ("norm2.weight",)),
+    "mlp.linear_fc1.layer_norm_bias": (SAME, ("norm2.bias",)),
+    "mlp.linear_fc1.weight": (SAME, ("mlp.fc1.weight",)),
+    "mlp.linear_fc1.bias": (SAME, ("mlp.fc1.bias",)),
+    "mlp.linear_fc2.weight": (SAME, ("mlp.fc2.weight",)),
+    "mlp.linear_fc2.bias": (SAME, ("mlp.fc2.bias",)),
+}
+_TIMM: Names = {
+    "conv1.weight": (SAME, ("patch_embed.proj.weight",)),
+    "conv1.bias": (SAME, ("patch_embed.proj.bias",)),
+    "class_token": (SAME, ("cls_token",)),
+    "position_embeddings.weight": (BATCHED, ("pos_embed",)),
+    "final_layernorm.weight": (SAME, ("norm.weight",)),
+    "final_layernorm.bias": (SAME, ("norm.bias",)),
+    "head.weight": (SAME, ("head.weight",)),
+    "head.bias": (SAME, ("head.bias",)),
+}
+
 
 class Family(NamedTuple):
     """How a kind of model is stored on both sides."""
@@ -118,10 +174,12 @@ FAMILIES = {
     "bert": Family("MegatronBert", _BERT, _BERT_LAYER, "bert.encoder.layer", *_IN_ENCODER),
     # Of --bert-no-binary-head: without token types, too.
     "bert_mlm": Family("MegatronBert", _BERT_MLM, _BERT_LAYER, "bert.encoder.layer", *_IN_ENCODER),
+    "vit": Family("ViT", _VIT, _VIT_LAYER, "vit.encoder.layer", with_extra_state=()),
+    "timm": Family("ViT", _TIMM, _TIMM_LAYER, "blocks", with_extra_state=()),
 }
 
 # {of a Hugging Face configuration: how the names of the model's parameters begin}
-MODEL_TYPES = {"gpt2": "transformer.", "llama": "model.", "megatron-bert": "bert."}
+MODEL_TYPES = {"gpt2": "transformer.", "llama": "model.", "megatron-bert": "bert.", "vit": "vit."}
 
 
 def family_of(names: Iterable[str]) -> str | None:
@@ -136,6 +194,8 @@ def family_of(names: Iterable[str]) -> str | None:
     names = list(names)
     if any(name.startswith("encoder.layers.") for name in names):
         return "bert" if "binary_head.weight" in names else "bert_mlm"
+    if "conv1.weight" in names:
+        return "vit"
     return None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from hf_names import (
+    BATCHED,
     BUFFERS,
     FAMILIES,
     FUSED_QKV,
@@ -21,6 +22,7 @@ from hf_names import (
     QKV,
     ROWS,
     ROWS_TWICE,
+    STACKED_QKV,
     TIED,
     TRANSPOSED,
     UNTIED_BIAS,
@@ -46,6 +48,8 @@ class Shape:
     """Whether the output layer is the embedding."""
     centred_norms: bool = False
     """Whether Megatron holds the norms' weights less one."""
+    head: bool = True
+    """Whether a ViT has its head."""
 
 
 def of_model(family: str, shape: Shape) -> Names:
@@ -55,6 +59,8 @@ def of_model(family: str, shape: Shape) -> Names:
         names.pop("output_layer.weight", None)
     elif "output_layer.bias" in names:
         names["output_layer.bias"] = UNTIED_BIAS
+    if not shape.head:
+        names = {name: pair for name, pair in names.items() if not name.startswith("head.")}
     return names
 
 
@@ -122,6 +128,8 @@ def _exported(
         return [tensor[: shape.vocabulary]]
     if kind == ROWS_TWICE:  # not the same memory, or it would be stored once
         return [tensor[: shape.vocabulary], tensor[: shape.vocabulary].clone()]
+    if kind == BATCHED:
+        return [tensor[None]]
     if kind == GATED:
         return tensor.chunk(2)
     if kind in (QKV, FUSED_QKV):
@@ -133,11 +141,15 @@ def _exported(
 def _imported(kind: str, tensors: list[Tensor], shape: Shape) -> Tensor:
     if kind == TRANSPOSED:
         return tensors[0].T.contiguous()
+    if kind == BATCHED:
+        return tensors[0][0]
     if kind == GATED:
         return torch.cat(tensors)
     if kind == FUSED_QKV:
         tensors = [*_turned(tensors[0]).chunk(3)]
-    if kind in (QKV, FUSED_QKV):
+    if kind == STACKED_QKV:
+        tensors = [*tensors[0].chunk(3)]
+    if kind in (QKV, STACKED_QKV, FUSED_QKV):
         return _join_qkv(tensors, shape)
     return tensors[0]
 
