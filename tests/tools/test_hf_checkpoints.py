@@ -258,7 +258,7 @@ def test_norms_stored_less_one_in_bf16():
     gamma = torch.full((8,), 0.01233).bfloat16()
 
     def read(name):
-        return gamma[:0] if name.startswith(hf_weights.LAYERS) else gamma
+        return gamma[:0] if name.startswith("decoder.layers") else gamma
 
     wide = dict(hf_weights.to_hugging_face("gpt2", shape, read, torch.float32))
     assert torch.equal(wide["transformer.ln_f.weight"], gamma.float() + 1)
@@ -460,7 +460,7 @@ def test_a_damaged_checkpoint_leaves_nothing(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "mistral"}, "model_type mistral: only gpt2 and llama"),
+        ({"model_type": "mistral"}, "model_type mistral: only gpt2, llama"),
         ({"activation_function": "relu"}, "activation_function relu (can be gelu_new or"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
     ],
@@ -499,7 +499,7 @@ def test_wrong_command_lines_of_the_import(tmp_path, capsys):
     weights["transformer.h.1.adapter.weight"] = torch.ones(2)
     save_file(weights, file)
     line = said()
-    assert "there is no tensor transformer.h.1.ln_2.bias; Megatron's GPT has no place for " in line
+    assert "there is no tensor transformer.h.1.ln_2.bias; Megatron has no place for " in line
     assert line.endswith("transformer.h.1.adapter.weight")
     (tmp_path / "hf" / "config.json").write_text('{"model_type": "nothing"}')
     assert f"--input {tmp_path / 'hf'}: The checkpoint you are trying to load" in said()

@@ -5,10 +5,12 @@
 
 GPT-2's architecture (learned positions, LayerNorm, GELU, biases) becomes a GPT2LMHeadModel. Llama's
 (RoPE, RMSNorm, SwiGLU, no biases, with or without GQA) becomes a LlamaForCausalLM. Embeddings may
-be tied or not. A HybridModel of the pattern *-*-... counts as a GPTModel of half as many layers.
-Anything else is refused. The checkpoint says everything about the model; you may have trained it on
-any parallel layout. The tool is one process and needs no GPU. It takes about twice the memory of
-the model, in the stored dtype, and does not read the optimizer.
+be tied or not. A HybridModel of the pattern *-*-... counts as a GPTModel of half as many layers. A
+BertModel becomes a MegatronBertForPreTraining, or a MegatronBertForMaskedLM if it was trained with
+--bert-no-binary-head. What finetune_vit trained becomes a ViTForImageClassification. Anything else
+is refused. The checkpoint says everything about the model; you may have trained it on any parallel
+layout. The tool is one process and needs no GPU. It takes about twice the memory of the model, in
+the stored dtype, and does not read the optimizer.
 
 A checkpoint of random-LTD is an ordinary one: evaluation drops nothing.
 """
@@ -24,6 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 DTYPES = ("float32", "bfloat16", "float16")
+ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "bert": "MegatronBertForPreTraining",
+    "bert_mlm": "MegatronBertForMaskedLM",
+    "vit": "ViTForImageClassification",
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -67,62 +76,117 @@ def converted(options: argparse.Namespace, scratch: Path) -> tuple[Any, dict[str
     """
     import hf_checkpoint
     import hf_config
-    import hf_tokenizer
+    import hf_names
     import hf_weights
     import torch
 
     folder = hf_checkpoint.find(options.load, options.iteration)
     args = hf_config.as_gpt(hf_checkpoint.stored_args(folder))
-    family = hf_config.family_of(args)
     shapes = hf_checkpoint.tensor_shapes(folder)
+    family = hf_names.family_of(shapes) or hf_config.family_of(args)
+    check_args(family, args)
     hf_weights.check_names(family, hf_config.shape_of(args, 0), shapes)
-    tokenizer = hf_tokenizer.write(
-        scratch, args, options.tokenizer, options.vocab_file, options.merge_file
-    )
-    rows = shapes["embedding.word_embeddings.weight"][0]
-    vocabulary = hf_tokenizer.vocabulary(args, tokenizer, options.vocab_size, rows)
-    ends = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
-    config = hf_config.config_of(family, args, vocabulary, ends)
+    config, more = config_of(family, args, shapes, options, scratch)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     weights = {
         name: tensor.contiguous()
         for name, tensor in hf_weights.to_hugging_face(
             family,
-            hf_config.shape_of(args, vocabulary),
+            hf_config.shape_of(args, getattr(config, "vocab_size", 0)),
             lambda name: hf_checkpoint.read(folder, name),
             dtype,
         )
     }
     config.dtype = weights[next(iter(weights))].dtype
+    config.architectures = [ARCHITECTURES[family]]
     parameters = sum(tensor.numel() for tensor in weights.values())
-    kind = f"{hf_weights.TITLES[family]}, {parameters:,} parameters in {str(config.dtype)[6:]}"
-    said = [
-        f"{kind}, from {folder}",
-        f"vocabulary: {vocabulary:,} tokens, {rows - vocabulary:,} rows of padding cut off",
-    ]
+    if family == "bert_mlm":
+        import hf_bert
+
+        weights |= [hf_bert.without_types(config, weights[next(iter(weights))])]
+    title = hf_names.FAMILIES[family].title
+    kind = f"{title}, {parameters:,} parameters in {str(config.dtype)[6:]}"
+    return config, weights, [f"{kind}, from {folder}", *more]
+
+
+def check_args(family: str, args: Any) -> None:
+    """Check that the family's model in transformers computes what Megatron's arguments say.
+
+    Raises:
+        ConversionError: It does not. (`hf_config.family_of` has checked a GPT.)
+    """
+    import hf_bert
+    import hf_vit
+
+    if family in ("bert", "bert_mlm"):
+        hf_bert.check_args(args)
+    elif family == "vit":
+        hf_vit.check_args(args)
+
+
+def config_of(
+    family: str, args: Any, shapes: dict[str, Any], options: argparse.Namespace, scratch: Path
+) -> tuple[Any, list[str]]:
+    """Write what goes with a model, its tokenizer or how to prepare images.
+
+    Returns:
+        The model's configuration, and what to say of it.
+
+    Raises:
+        ConversionError: The tokenizer is not the model's, or not known.
+    """
+    import hf_bert
+    import hf_config
+    import hf_tokenizer
+    import hf_vit
+
+    if family == "vit":
+        config = hf_vit.config_of(args)
+        text = json.dumps(hf_vit.preprocessor_of(args), indent=2) + "\n"
+        (scratch / "preprocessor_config.json").write_text(text)
+        height, width = hf_vit.image_of(config)
+        images = f"images: {height} x {width} in patches of {config.patch_size}"
+        return config, [f"{images}, {config.num_labels:,} classes, without their names"]
+    tokenizer = hf_tokenizer.write(
+        scratch, args, options.tokenizer, options.vocab_file, options.merge_file
+    )
+    rows = shapes["embedding.word_embeddings.weight"][0]
+    vocabulary = hf_tokenizer.vocabulary(args, tokenizer, options.vocab_size, rows)
+    said = [f"vocabulary: {vocabulary:,} tokens, {rows - vocabulary:,} rows of padding cut off"]
+    if family in ("bert", "bert_mlm"):
+        config = hf_bert.config_of(args, vocabulary, getattr(tokenizer, "pad_token_id", None))
+        said += hf_bert.notes(family, config)
+    else:
+        ends = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
+        config = hf_config.config_of(family, args, vocabulary, ends)
     if family == "gpt2":
         said.append(f"activation: {config.activation_function}, as the run computed it")
     if tokenizer is None:
         said.append("no tokenizer: evaluation needs one, see --tokenizer")
-    elif tokenizer.eos_token is None:
+    elif tokenizer.eos_token is None and family in ("gpt2", "llama"):
         said.append("the tokenizer names no end-of-text token (eos_token), as evaluation needs")
-    return config, weights, said
+    return config, said
 
 
 def save(config: Any, weights: dict[str, Any], folder: Path) -> None:
     """Let transformers write the model, every parameter of which must be there and no other."""
+    import hf_vit
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
+    from hf_names import TIED
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    weights.clear()
-    model.tie_weights()
-    model.save_pretrained(folder)
+    if config.model_type == hf_vit.MODEL_TYPE:
+        hf_vit.save(config, weights, folder)
+    else:
+        with torch.device("meta"):
+            model = getattr(transformers, config.architectures[0])(config)
+        missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+        assert not unexpected and set(missing) <= set(TIED), (missing, unexpected)
+        weights.clear()
+        model.tie_weights()
+        model.save_pretrained(folder)
     path = folder / "config.json"
     stored = json.loads(path.read_text())
     if "rope_parameters" in stored:  # transformers 4 reads it from here, or takes its own default

@@ -13,24 +13,28 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from hf_names import FAMILIES
 from hf_weights import ConversionError
 from torch import Tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron's name of a checkpoint that was converted: without an iteration
+# Of a layer.
 WITH_EXTRA_STATE = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-OF_MODEL = ("embedding.", "decoder.", "output_layer.", "mtp.")
+OF_MODEL = tuple("embedding. decoder. output_layer. mtp.".split())
+OF_MODEL += tuple("encoder. lm_head. pooler. binary_head.".split())  # BERT's
+OF_MODEL += tuple("conv1. class_token position_embeddings. final_layernorm. head.".split())  # ViT's
 # A HybridModel's layers are stored one by one, a GPTModel's as one tensor of all layers.
 _NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.")
 _HYBRID_NORM, _GPT_NORM = "decoder.final_norm.", "decoder.final_layernorm."
@@ -182,8 +186,12 @@ def _readable(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def parse(flags: list[str]) -> Any:
-    """Return Megatron's arguments for flags, checked and completed by Megatron."""
+def parse(flags: list[str], extra: Callable | None = None) -> Any:
+    """Return Megatron's arguments for flags, checked and completed by Megatron.
+
+    Args:
+        extra: An ``extra_args_provider`` of Megatron's, which adds flags.
+    """
     from megatron.training import arguments
 
     # What any machine has: they say how to compute, not what, and no run takes them over.
@@ -191,7 +199,7 @@ def parse(flags: list[str]) -> Any:
     anywhere += ["--no-gradient-accumulation-fusion", "--no-rope-fusion", "--micro-batch-size", "1"]
     before, sys.argv = sys.argv, ["pretrain_gpt.py", *anywhere, *flags]
     try:
-        args = arguments.parse_args()
+        args = arguments.parse_args(extra)
         fusion = args.bias_gelu_fusion
         with contextlib.redirect_stdout(None):
             arguments.validate_args(args)
@@ -202,17 +210,21 @@ def parse(flags: list[str]) -> Any:
     return args
 
 
-def write(save: Path, args: Any, tensors: Iterable[tuple[str, int | None, Tensor]]) -> Path:
+def write(
+    save: Path, family: str, args: Any, tensors: Iterable[tuple[str, int | None, Tensor]]
+) -> Path:
     """Write a converted checkpoint and say that it is the latest; return its folder.
 
     Args:
         save: An empty folder.
+        family: Of `hf_names.FAMILIES`.
         args: Megatron's arguments, to be stored.
         tensors: (name, layer from 0 or None, tensor).
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
+    stored_in = FAMILIES[family]
     folder = save / RELEASE
     folder.mkdir()
     model = {}
@@ -225,10 +237,11 @@ def write(save: Path, args: Any, tensors: Iterable[tuple[str, int | None, Tensor
             model[f"{name}.{layer}"] = part
     # Where Transformer Engine keeps FP8 scales: it asks for them on loading, and local layers, too.
     for module in WITH_EXTRA_STATE:
-        name, layers = f"decoder.layers.{module}._extra_state", (args.num_layers,)
+        name, layers = f"{stored_in.layers}.{module}._extra_state", (args.num_layers,)
         model |= {f"{name}.{i}": ShardedObject(name, None, layers, (i,)) for i in range(*layers)}
-    name = "decoder.final_layernorm._extra_state"
-    model[name] = ShardedObject(name, None, (1,), (0,))
+    for module in stored_in.with_extra_state:
+        name = f"{module}._extra_state"
+        model[name] = ShardedObject(name, None, (1,), (0,))
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
     metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     dist_checkpointing.save(state, str(folder), content_metadata=metadata)

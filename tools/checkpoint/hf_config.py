@@ -1,18 +1,20 @@
-"""What Megatron's arguments and a Hugging Face configuration say of the same model.
+"""What Megatron's arguments and a Hugging Face configuration say of the same GPT.
 
-Either way, what the other side does not have is refused, all of it at once and by name.
+`hf_bert` and `hf_vit` say it of these. Either way, what the other side does not have is refused,
+all at once and by name.
 """
 
 import copy
 from typing import Any
 
-from hf_weights import TITLES, ConversionError, Shape
+from hf_names import FAMILIES
+from hf_weights import ConversionError, Shape
 
 from megatron_rltd.config import to_flag
 from megatron_rltd.groups import split_pattern
 from megatron_rltd.patching.versions import package_version
 
-# What no Hugging Face GPT-2 or Llama has. These arguments must be at the value here, or unset.
+# What no Hugging Face model of our families has. These arguments must be as here, or unset.
 NEUTRAL: dict[str, Any] = {
     "num_experts": None,
     "multi_latent_attention": False,
@@ -95,22 +97,14 @@ def family_of(args: Any) -> str:
     Raises:
         ConversionError: The model has something that neither has.
     """
-    problems = [
-        f"{_given(args, name)} has no counterpart in Hugging Face's GPT-2 and Llama"
-        for name, neutral in NEUTRAL.items()
-        if getattr(args, name, neutral) not in (neutral, None)
-    ]
+    problems = without_counterpart(args, "GPT-2 and Llama")
     position = args.position_embedding_type
     family = next((f for f, p in POSITIONS.items() if p == position), None)
     if family is None:
         problems.append(f"--position-embedding-type {position} is neither GPT-2's nor Llama's")
     else:
-        problems += [
-            f"{_given(args, name)} with --position-embedding-type {position}: Hugging Face's "
-            f"{TITLES[family]} has {_of_family(name, value)}"
-            for name, value in REQUIRED[family].items()
-            if _differs(getattr(args, name, value), value)
-        ]
+        title, given = FAMILIES[family].title, f" with --position-embedding-type {position}"
+        problems += differing(args, REQUIRED[family], title, given)
     if family == "gpt2" and args.kv_channels * args.num_attention_heads != args.hidden_size:
         problems.append(
             f"--kv-channels {args.kv_channels}: GPT-2's heads are --hidden-size / "
@@ -119,6 +113,48 @@ def family_of(args: Any) -> str:
     if problems or family is None:
         raise ConversionError("this model cannot be exported: " + "; ".join(problems))
     return family
+
+
+def without_counterpart(args: Any, title: str, but: tuple[str, ...] = ()) -> list[str]:
+    """Return what to say of the arguments that no Hugging Face model of some families has.
+
+    Args:
+        title: The families.
+        but: Names of `NEUTRAL` to pass over.
+    """
+    return [
+        f"{_given(args, name)} has no counterpart in Hugging Face's {title}"
+        for name, neutral in NEUTRAL.items()
+        if name not in but and getattr(args, name, neutral) not in (neutral, None)
+    ]
+
+
+def differing(args: Any, required: dict[str, Any], title: str, given: str = "") -> list[str]:
+    """Return what to say of the arguments that a family has otherwise.
+
+    Args:
+        required: {name: the family's value}.
+        title: The family.
+        given: What makes the model one of the family, if the command line says it.
+    """
+    return [
+        f"{_given(args, name)}{given}: Hugging Face's {title} has {_of_family(name, value)}"
+        for name, value in required.items()
+        if _differs(getattr(args, name, value), value)
+    ]
+
+
+def wrong_settings(config: Any, wanted: dict[str, tuple]) -> list[str]:
+    """Return what to say of a Hugging Face configuration's values that Megatron does not have.
+
+    Args:
+        wanted: {name: the values that can be}; a missing one counts as the first.
+    """
+    return [
+        f"{name} {getattr(config, name)} (can be {' or '.join(map(str, values))})"
+        for name, values in wanted.items()
+        if getattr(config, name, values[0]) not in values
+    ]
 
 
 def _differs(value: Any, wanted: Any) -> bool:
@@ -228,9 +264,7 @@ def check_config(config: Any) -> str:
     Raises:
         ConversionError: Megatron's GPT, as `pretrain_gpt` builds it, would compute something else.
     """
-    if config.model_type not in TITLES:
-        raise ConversionError(f"model_type {config.model_type}: only gpt2 and llama are imported")
-    wanted: dict[str, Any]
+    wanted: dict[str, tuple]
     if config.model_type == "gpt2":
         wanted = {
             "activation_function": (*TANH_GELUS, *EXACT_GELUS),
@@ -240,11 +274,7 @@ def check_config(config: Any) -> str:
         }
     else:
         wanted = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
-    problems = [
-        f"{name} {getattr(config, name)} (can be {' or '.join(map(str, values))})"
-        for name, values in wanted.items()
-        if getattr(config, name, values[0]) not in values
-    ]
+    problems = wrong_settings(config, wanted)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         problems.append(f"rope_type {rope['rope_type']} (can be default)")

@@ -1,7 +1,6 @@
-"""The parameters of Megatron's GPT and of Hugging Face's GPT-2 and Llama: names, layouts, shapes.
+"""The parameters of Megatron's models and of Hugging Face's: layouts and shapes.
 
-Megatron's names are those of its distributed checkpoints, where a norm belongs to the linear layer
-behind it, as Transformer Engine has it; the local layers are stored under the same names.
+Their names are in `hf_names`.
 
 Shapes: h hidden size, f width of the MLP, g query groups, q query heads of a group, d head size,
 v vocabulary. A weight is [outputs, inputs] in Megatron and Llama, [inputs, outputs] in GPT-2.
@@ -13,6 +12,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from hf_names import (
+    BATCHED,
+    BUFFERS,
+    FAMILIES,
+    FUSED_QKV,
+    GATED,
+    NORM,
+    QKV,
+    ROWS,
+    ROWS_TWICE,
+    STACKED_QKV,
+    TIED,
+    TRANSPOSED,
+    UNTIED_BIAS,
+    Names,
+)
 from torch import Tensor
 
 
@@ -33,66 +48,20 @@ class Shape:
     """Whether the output layer is the embedding."""
     centred_norms: bool = False
     """Whether Megatron holds the norms' weights less one."""
-
-
-# How Megatron's tensor becomes Hugging Face's: (of Megatron, the names there). Both ways.
-SAME, TRANSPOSED, NORM, ROWS, GATED, QKV, FUSED_QKV = (
-    "same transposed norm rows gated qkv fused_qkv".split()
-)
-Names = dict[str, tuple[str, tuple[str, ...]]]
-
-_GPT2_LAYER: Names = {
-    "self_attention.linear_qkv.layer_norm_weight": (NORM, ("ln_1.weight",)),
-    "self_attention.linear_qkv.layer_norm_bias": (SAME, ("ln_1.bias",)),
-    "self_attention.linear_qkv.weight": (FUSED_QKV, ("attn.c_attn.weight",)),
-    "self_attention.linear_qkv.bias": (FUSED_QKV, ("attn.c_attn.bias",)),
-    "self_attention.linear_proj.weight": (TRANSPOSED, ("attn.c_proj.weight",)),
-    "self_attention.linear_proj.bias": (SAME, ("attn.c_proj.bias",)),
-    "mlp.linear_fc1.layer_norm_weight": (NORM, ("ln_2.weight",)),
-    "mlp.linear_fc1.layer_norm_bias": (SAME, ("ln_2.bias",)),
-    "mlp.linear_fc1.weight": (TRANSPOSED, ("mlp.c_fc.weight",)),
-    "mlp.linear_fc1.bias": (SAME, ("mlp.c_fc.bias",)),
-    "mlp.linear_fc2.weight": (TRANSPOSED, ("mlp.c_proj.weight",)),
-    "mlp.linear_fc2.bias": (SAME, ("mlp.c_proj.bias",)),
-}
-_GPT2: Names = {
-    "embedding.word_embeddings.weight": (ROWS, ("transformer.wte.weight",)),
-    "embedding.position_embeddings.weight": (SAME, ("transformer.wpe.weight",)),
-    "decoder.final_layernorm.weight": (NORM, ("transformer.ln_f.weight",)),
-    "decoder.final_layernorm.bias": (SAME, ("transformer.ln_f.bias",)),
-    "output_layer.weight": (ROWS, ("lm_head.weight",)),
-}
-_LLAMA_LAYER: Names = {
-    "self_attention.linear_qkv.layer_norm_weight": (NORM, ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.weight": (
-        QKV,
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    ),
-    "self_attention.linear_proj.weight": (SAME, ("self_attn.o_proj.weight",)),
-    "mlp.linear_fc1.layer_norm_weight": (NORM, ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.weight": (GATED, ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-    "mlp.linear_fc2.weight": (SAME, ("mlp.down_proj.weight",)),
-}
-_LLAMA: Names = {
-    "embedding.word_embeddings.weight": (ROWS, ("model.embed_tokens.weight",)),
-    "decoder.final_layernorm.weight": (NORM, ("model.norm.weight",)),
-    "output_layer.weight": (ROWS, ("lm_head.weight",)),
-}
-# {family: (whole model, a layer, where Hugging Face keeps layers)}
-FAMILIES: dict[str, tuple[Names, Names, str]] = {
-    "gpt2": (_GPT2, _GPT2_LAYER, "transformer.h"),
-    "llama": (_LLAMA, _LLAMA_LAYER, "model.layers"),
-}
-TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
-LAYERS = "decoder.layers"
-# What is no parameter, and is computed anew.
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+    head: bool = True
+    """Whether a ViT has its head."""
 
 
 def of_model(family: str, shape: Shape) -> Names:
     """Return the parameters outside of the layers."""
-    names = FAMILIES[family][0]
-    return {k: v for k, v in names.items() if not (shape.tied and k == "output_layer.weight")}
+    names = dict(FAMILIES[family].of_model)
+    if shape.tied:
+        names.pop("output_layer.weight", None)
+    elif "output_layer.bias" in names:
+        names["output_layer.bias"] = UNTIED_BIAS
+    if not shape.head:
+        names = {name: pair for name, pair in names.items() if not name.startswith("head.")}
+    return names
 
 
 def to_hugging_face(
@@ -107,11 +76,11 @@ def to_hugging_face(
     """
     for name, (kind, theirs) in of_model(family, shape).items():
         yield from zip(theirs, _exported(kind, read(name), shape, dtype), strict=True)
-    _, layer_names, prefix = FAMILIES[family]
-    for name, (kind, theirs) in layer_names.items():
-        for i, tensor in enumerate(read(f"{LAYERS}.{name}")):
+    stored_in = FAMILIES[family]
+    for name, (kind, theirs) in stored_in.of_layer.items():
+        for i, tensor in enumerate(read(f"{stored_in.layers}.{name}")):
             parts = _exported(kind, tensor, shape, dtype)
-            yield from zip((f"{prefix}.{i}.{t}" for t in theirs), parts, strict=True)
+            yield from zip((f"{stored_in.theirs}.{i}.{t}" for t in theirs), parts, strict=True)
 
 
 def to_megatron(
@@ -125,23 +94,24 @@ def to_megatron(
     """
     for name, (kind, theirs) in of_model(family, shape).items():
         tensor = _imported(kind, [read(t) for t in theirs], shape)
-        yield name, None, pad(tensor, padded_vocabulary) if kind == ROWS else tensor
-    _, layer_names, prefix = FAMILIES[family]
+        is_padded = kind in (ROWS, ROWS_TWICE)
+        yield name, None, pad(tensor, padded_vocabulary) if is_padded else tensor
+    stored_in = FAMILIES[family]
     for i in range(shape.layers):
-        for name, (kind, theirs) in layer_names.items():
-            tensors = [read(f"{prefix}.{i}.{t}") for t in theirs]
-            yield f"{LAYERS}.{name}", i, _imported(kind, tensors, shape)
+        for name, (kind, theirs) in stored_in.of_layer.items():
+            tensors = [read(f"{stored_in.theirs}.{i}.{t}") for t in theirs]
+            yield f"{stored_in.layers}.{name}", i, _imported(kind, tensors, shape)
 
 
 def pad(rows: Tensor, size: int) -> Tensor:
-    """Return a matrix [v, h] with rows added up to `size`, each the mean of the others.
+    """Return a matrix [v, h] or bias [v] with rows added up to `size`, each the mean of the others.
 
     The logit of such a token is the mean of all logits, so that its probability is at most the
     mean one (Jensen) and the loss changes by at most padding / v. Rows of zeros would have logits
     of zero, where those of a published GPT-2 are far below: its loss would be lost in them.
     """
     mean = rows.mean(0, keepdim=True, dtype=torch.float64).to(rows.dtype)
-    return torch.cat([rows, mean.expand(size - len(rows), -1)])
+    return torch.cat([rows, mean.expand(size - len(rows), *rows.shape[1:])])
 
 
 def _exported(
@@ -156,6 +126,10 @@ def _exported(
         return [tensor.T]
     if kind == ROWS:
         return [tensor[: shape.vocabulary]]
+    if kind == ROWS_TWICE:  # not the same memory, or it would be stored once
+        return [tensor[: shape.vocabulary], tensor[: shape.vocabulary].clone()]
+    if kind == BATCHED:
+        return [tensor[None]]
     if kind == GATED:
         return tensor.chunk(2)
     if kind in (QKV, FUSED_QKV):
@@ -167,11 +141,15 @@ def _exported(
 def _imported(kind: str, tensors: list[Tensor], shape: Shape) -> Tensor:
     if kind == TRANSPOSED:
         return tensors[0].T.contiguous()
+    if kind == BATCHED:
+        return tensors[0][0]
     if kind == GATED:
         return torch.cat(tensors)
     if kind == FUSED_QKV:
         tensors = [*_turned(tensors[0]).chunk(3)]
-    if kind in (QKV, FUSED_QKV):
+    if kind == STACKED_QKV:
+        tensors = [*tensors[0].chunk(3)]
+    if kind in (QKV, STACKED_QKV, FUSED_QKV):
         return _join_qkv(tensors, shape)
     return tensors[0]
 
@@ -197,11 +175,14 @@ def _join_qkv(tensors: list[Tensor], shape: Shape) -> Tensor:
     return torch.cat(grouped, dim=1).flatten(0, 2)
 
 
-def stored(folder: Path, family: str) -> dict[str, Callable[[], Tensor]]:
+def stored(folder: Path, prefix: str) -> dict[str, Callable[[], Tensor]]:
     """Return what reads each tensor of a folder with safetensors files.
 
     By the name that it has in the model with its head: a published GPT-2 was saved without, and its
     names lack their beginning. Left out are buffers that older releases saved.
+
+    Args:
+        prefix: This beginning.
     """
     from safetensors import safe_open
 
@@ -209,7 +190,6 @@ def stored(folder: Path, family: str) -> dict[str, Callable[[], Tensor]]:
     for file in sorted(folder.glob("*.safetensors")):
         opened = safe_open(file, "pt")
         tensors |= {name: partial(opened.get_tensor, name) for name in opened.keys()}
-    prefix = FAMILIES[family][2].partition(".")[0] + "."
     if not any(name.startswith(prefix) for name in tensors):
         tensors = {prefix + name: read for name, read in tensors.items()}
     return {name: read for name, read in tensors.items() if not name.endswith(BUFFERS)}
@@ -217,10 +197,11 @@ def stored(folder: Path, family: str) -> dict[str, Callable[[], Tensor]]:
 
 def theirs(family: str, shape: Shape) -> set[str]:
     """Return the names of the Hugging Face model's parameters."""
-    layer, prefix = FAMILIES[family][1:]
     whole = {name for _, names in of_model(family, shape).values() for name in names}
-    of_layer = [name for _, names in layer.values() for name in names]
-    return whole | {f"{prefix}.{i}.{name}" for i in range(shape.layers) for name in of_layer}
+    stored_in = FAMILIES[family]
+    of_layer = [name for _, names in stored_in.of_layer.values() for name in names]
+    prefixes = [f"{stored_in.theirs}.{i}" for i in range(shape.layers)]
+    return whole | {f"{prefix}.{name}" for prefix in prefixes for name in of_layer}
 
 
 def check_names(family: str, shape: Shape, names: Iterable[str]) -> None:
@@ -232,13 +213,14 @@ def check_names(family: str, shape: Shape, names: Iterable[str]) -> None:
     Raises:
         ConversionError: It does not, in spite of its arguments.
     """
-    layer = FAMILIES[family][1]
-    expected = {*of_model(family, shape), *(f"{LAYERS}.{name}" for name in layer)}
+    stored_in = FAMILIES[family]
+    of_layers = (f"{stored_in.layers}.{name}" for name in stored_in.of_layer)
+    expected = {*of_model(family, shape), *of_layers}
     missing, more = sorted(expected - set(names)), sorted(set(names) - expected)
     if missing or more:
         listed = [f"lacks {name}" for name in missing] + [f"has {name}" for name in more]
         raise ConversionError(
-            f"this is not a {TITLES[family]} as Megatron's GPT stores it: the checkpoint "
+            f"this is not a {stored_in.title} as Megatron stores it: the checkpoint "
             + ", ".join(listed[:4] + ["..."] * (len(listed) > 4))
         )
 
@@ -254,9 +236,9 @@ def check_tensors(folder: Path, expected: set[str], names: Iterable[str], tied: 
     Raises:
         ConversionError: It does not.
     """
-    found = set(names) - ({"lm_head.weight"} if tied else set())
+    found = set(names) - (set(TIED) if tied else set())
     listed = [f"there is no tensor {name}" for name in sorted(expected - found)]
-    listed += [f"Megatron's GPT has no place for {name}" for name in sorted(found - expected)]
+    listed += [f"Megatron has no place for {name}" for name in sorted(found - expected)]
     if listed:
         more = "; ..." if len(listed) > 4 else ""
         raise ConversionError(f"--input {folder}: " + "; ".join(listed[:4]) + more)
