@@ -45,6 +45,7 @@ if [ -n "$in_slurm" ]; then
     problem "SLURM gave $gpus GPUs and $tasks tasks on each node, but a task drives one GPU: submit with --ntasks-per-node=$gpus, or --gpus-per-node=$tasks"
 else
   world=${PROCESSES:-$(count_gpus)}
+  if [ -z "${PROCESSES:-}" ] && ((world > ${most_processes:-world})); then world=$most_processes; fi
   if [ "$world" = 0 ]; then
     [ "$SCALE" = smoke ] || [ -n "$DRY_RUN" ] ||
       problem "there is no GPU here: sbatch this script, set PROCESSES, or use SCALE=smoke"

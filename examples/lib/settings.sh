@@ -16,7 +16,8 @@
 #                                 see the folders of such files
 #        text_data_flags          DATA_ARGS for DATA_PATH, token files or a blend, and TOKENIZER
 #   2. sets program: the script for `python -m megatron_rltd`; and, each with a default for its
-#      SCALE: GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE, PRECISION, SAVE_INTERVAL, RUN_DIR
+#      SCALE: GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE, PRECISION, SAVE_INTERVAL, RUN_DIR. It may set
+#      most_processes: how many of a machine's GPUs it can use
 #   3. adds its own flags to the four arrays
 #   4. calls random_ltd_flags INCREMENT: RANDOM_LTD_ARGS by METHOD, without the run's length; it adds
 #      that. (Before: METHOD, MIN_TOKENS, RAMP_ITERS, STRATA; GROW_MICRO_BATCH may be unset)
@@ -35,7 +36,7 @@
 #   CONTAINER_MOUNTS   what it sees, as in "/data:/data,/home:/home" (the working folder, the
 #                      repository, RUN_DIR and the folders of the data and the tokenizer)
 #   LAUNCHER           goes before each process: LAUNCHER="apptainer exec --nv image.sif" sbatch SCRIPT
-#   PROCESSES          without SLURM: how many (one for each GPU)
+#   PROCESSES          without SLURM: how many (one for each GPU that the batch suffices for)
 #   MASTER_ADDR, MASTER_PORT  where rank 0 listens (the first node's address in SLURM, a free port)
 #   EXIT_MINUTES       save and stop after so many (SLURM: 5 minutes before the time limit, 1 before
 #                      a short one, if the header's --signal=TERM@600 has not done it)

@@ -1,7 +1,8 @@
-"""What the tests of examples/gpt3_1.3b share: environment, stand-in for Python, log."""
+"""What the tests of the scripts in examples/ share."""
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def settings_of(*files: Path) -> set[str]:
 
 
 SETTINGS = settings_of(FOLDER / "pretrain.sh", LIB / "settings.sh")
+_OF_ALL_EXAMPLES = settings_of(*(ROOT / "examples").glob("*/*.sh"))
 
 # A smoke test of less still: 20 iterations of 8 samples, of which 10 drop tokens.
 TINY = {
@@ -75,10 +77,37 @@ def environment(**settings: str | Path) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in SETTINGS and not name.startswith(("SLURM", "SBATCH", "SRUN", "NCCL", "CUDA"))
+        if name not in _OF_ALL_EXAMPLES
+        and not name.startswith(("SLURM", "SBATCH", "SRUN", "NCCL", "CUDA"))
     }
     given = {name: str(value) for name, value in settings.items()}
     return {**kept, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **given}
+
+
+def bash(name, *arguments, folder=FOLDER, cwd=ROOT, **settings):
+    """Run a script to its end; return exit status, standard output and standard error."""
+    result = subprocess.run(
+        ["bash", str(folder / f"{name}.sh"), *arguments],
+        cwd=cwd,
+        env=environment(**settings),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def flags_of(words: list[str]) -> dict[str, list[str]]:
+    """Return {flag: its values}."""
+    flags: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            assert word not in flags, word
+            flags[word] = []
+        elif flags:
+            flags[list(flags)[-1]].append(word)
+    return flags
 
 
 def stub_in(folder: Path) -> Path:

@@ -23,7 +23,9 @@ from tests.scripts.gpt3_scripts import (
     SCRIPTS,
     SETTINGS,
     TINY,
+    bash,
     environment,
+    flags_of,
     last_iteration,
     starts,
     stub_in,
@@ -107,32 +109,6 @@ GOLDEN = {
 }
 # These decide what is compared with what: a script has them as given above or not at all.
 DECISIVE = ("--random-ltd", "--layer-token-lr", "--train-", "--sequence-parallel", "--lr-decay")
-
-
-def bash(name, *arguments, cwd=ROOT, **settings):
-    """Run a script to its end; return exit status, standard output and standard error."""
-    result = subprocess.run(
-        ["bash", str(FOLDER / f"{name}.sh"), *arguments],
-        cwd=cwd,
-        env=environment(**settings),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    return result.returncode, result.stdout, result.stderr
-
-
-def flags_of(words: list[str]) -> dict[str, list[str]]:
-    """Return {flag: its values}."""
-    flags: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--"):
-            assert word not in flags, word
-            flags[word] = []
-        elif flags:
-            flags[list(flags)[-1]].append(word)
-    return flags
 
 
 def test_every_script_has_its_golden_values():
