@@ -6,6 +6,7 @@ in milliseconds. `run` runs a function on every rank; `train` a whole Megatron t
 
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -238,6 +239,7 @@ def train_on_this_rank(script: str, arguments: list[str]) -> dict[str, Any]:
     path = BUNDLED.get(script, Path(script))
     arguments = prepare(path, [*arguments, CPU_FLAG])
     record = _record_steps()
+    _fork_to_save()
     import runpy
 
     sys.argv = [str(path), *arguments]
@@ -253,6 +255,17 @@ def train_on_this_rank(script: str, arguments: list[str]) -> dict[str, Any]:
     record["arguments"] = {name: getattr(get_args(), name) for name in names}
     record["arguments"] |= getattr(get_args(), "random_ltd_scheduler_settings", {})
     return record
+
+
+def _fork_to_save() -> None:
+    """Let Megatron fork the process that it starts at a rank's first checkpoint.
+
+    By default it is spawned and imports torch again, which takes longer than the training here.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    original = filesystem_async.get_write_results_queue
+    filesystem_async.get_write_results_queue = functools.partial(original, "fork")
 
 
 def _record_steps() -> dict[str, Any]:
