@@ -14,9 +14,11 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 
+# Most tests are one process that computes, or wait. Two run at a time, each file in one worker.
+workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 case ${1:-} in
-  "") selected=(-m "unit or core" tests/unit tests/megatron) ;;
-  --all) selected=("${@:2}") ;;
+  "") selected=("${workers[@]}" -m "unit or core" tests/unit tests/megatron) ;;
+  --all) selected=("${workers[@]}" "${@:2}") ;;
   *) exec "$PYTHON" -m pytest "$@" ;;
 esac
 "$PYTHON" -m ruff check .

@@ -25,6 +25,8 @@ from typing import Any
 TOOLS = Path(__file__).resolve().parent
 ROOT = TOOLS.parents[1]
 TIMEOUT_S = 300
+# Below the range that the system takes ports from by itself: gloo listens on many of those.
+PORTS = range(16000, 32000)
 AFTER_AN_ERROR_S = 5  # that the other ranks get: they may be waiting for the one that failed
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -53,12 +55,9 @@ def start_server(megatron: Path | None = None) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port that was free a moment ago.
-
-    Below the range that the system takes ports from by itself: gloo listens on many of those.
-    """
+    """Return one of `PORTS` that was free a moment ago."""
     while True:
-        port = random.randrange(16000, 32000)
+        port = random.choice(PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
