@@ -51,7 +51,7 @@ import sys
 from importlib import metadata, util
 
 wanted = ("torch", "megatron-core", "tokenizers", "tensorboard", "matplotlib", "tqdm",
-          "zstandard", "pytest", "pytest-xdist", "ruff", "mypy", *sys.argv[1:])
+          "zstandard", "pytest", "ruff", "mypy", *sys.argv[1:])
 for name in wanted:
     try:
         version = tuple(int(n) for n in metadata.version(name).split(".")[:2])
@@ -79,7 +79,7 @@ make_environment() {
     "$base" -m venv "${options[@]}" "$venv" &&
       "$venv/bin/python" -m pip install --no-cache-dir -c "$pins" \
         torch 'megatron-core[training]>=0.17,<0.20' tokenizers tensorboard matplotlib tqdm zstandard \
-        pytest pytest-xdist ruff mypy setuptools &&
+        pytest ruff mypy setuptools &&
       "$venv/bin/python" -m pip install --no-deps --no-build-isolation \
         --config-settings editable_mode=compat -e "$root"  # found from beside the checkout too
   } >"$venv/setup.log" 2>&1 || {
