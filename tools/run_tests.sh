@@ -5,18 +5,20 @@
 #   bash tools/run_tests.sh --all                    every test
 #   bash tools/run_tests.sh tests/unit/test_ops.py   only these tests; all arguments go to pytest
 set -euo pipefail
-extras=()
-if [ "${1:-}" = --all ]; then
-  # shellcheck disable=SC2034  # of environment.sh
-  extras=(lm_eval mkdocs-material mkdocstrings-python)
-fi
+# shellcheck disable=SC2034  # of environment.sh
+case ${1:-} in
+  "") extras=(pytest-xdist) ;;
+  --all) extras=(pytest-xdist lm_eval mkdocs-material mkdocstrings-python) ;;
+esac
 # shellcheck source=tools/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 
+# Most tests are one process that computes, or wait. Two run at a time, each file in one worker.
+workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 case ${1:-} in
-  "") selected=(-m "unit or core" tests/unit tests/megatron) ;;
-  --all) selected=("${@:2}") ;;
+  "") selected=("${workers[@]}" -m "unit or core" tests/unit tests/megatron) ;;
+  --all) selected=("${workers[@]}" "${@:2}") ;;
   *) exec "$PYTHON" -m pytest "$@" ;;
 esac
 "$PYTHON" -m ruff check .

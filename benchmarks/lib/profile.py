@@ -1,5 +1,6 @@
 """Where the time of a training step goes, dense and with tokens dropped, by what it is spent on."""
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,11 @@ def _matching(patterns: dict[str, str], name: str) -> str | None:
     return next((cost for cost, pattern in patterns.items() if re.search(pattern, name)), None)
 
 
+# Names are few, events many.
+_around = functools.cache(functools.partial(_matching, _AROUND))
+_itself = functools.cache(functools.partial(_matching, _ITSELF))
+
+
 def spent_on(event: Any, kernel: str = "") -> str:
     """Return which of `COSTS` an event of the profiler, or a kernel that it started, belongs to.
 
@@ -62,12 +68,12 @@ def spent_on(event: Any, kernel: str = "") -> str:
     """
     around = event
     while around is not None:
-        if cost := _matching(_AROUND, around.name):
+        if cost := _around(around.name):
             return cost
         around = around.cpu_parent
     if "megatron_rltd" in kernel:
         return OURS
-    return _matching(_ITSELF, event.name) or _matching(_ITSELF, kernel) or OTHER
+    return _itself(event.name) or _itself(kernel) or OTHER
 
 
 def microseconds(events: Iterable[Any], is_gpu: bool) -> Iterator[tuple[str, str, float]]:

@@ -172,9 +172,8 @@ def find_problems(patch: Patch, tested: Mapping[str, Iterable[str]]) -> list[str
     if callable(original) and "." not in patch.target.partition(":")[2]:
         allowed = tuple(prefix and f"{prefix}." for prefix in (module_name, *patch.copies))
         for other_name, other in list(sys.modules.items()):
-            if f"{other_name}.".startswith(allowed):
-                continue
-            if getattr(other, "__dict__", {}).get(name) is original:
+            is_copy = getattr(other, "__dict__", {}).get(name) is original
+            if is_copy and not f"{other_name}.".startswith(allowed):
                 problems.append(
                     f"{other_name} imported {patch.target} by name before it could be patched"
                 )

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands.test_plan_command import command
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "convergence"))
 
 import analysis
@@ -32,11 +34,10 @@ def plans():
     def plan(name):
         words = training.run_flags(arms.ARMS[name], STEPS, seed=1, lr=1e-3, evaluations=1)
         at = words.index("--tokenizer-type")
-        command = [sys.executable, "-m", "megatron_rltd", "plan", "--json", "--"]
-        command += [*words[:at], *words[at + 2 :], "--vocab-size", "2048"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
+        line = ["--json", "--", *words[:at], *words[at + 2 :], "--vocab-size", "2048"]
+        status, output = command(line)
+        assert status == 0, output
+        return json.loads(output)
 
     return {
         name: plan(name)

@@ -34,7 +34,7 @@ def test_as_its_users_call_it(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert (0, result.stdout) == command(f"-- {BASE} {LTD}")

@@ -52,7 +52,10 @@ echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR:$MASTER_PORT" \
   "$CUDA_DEVICE_MAX_CONNECTIONS $NCCL_DEBUG $SRUN_CPUS_PER_TASK"
 case $STUB in
   memory) echo "rank $RANK allocates by ${PYTORCH_CUDA_ALLOC_CONF-nothing}" ;;
-  fails) [ "$RANK" = 1 ] && exit 7; exec env --default-signal=USR2 sleep 600 ;;
+  fails)  # once the other is there: what is to be killed must have been started
+    if [ "$RANK" = 1 ]; then until [ -e "$RUN_DIR/there" ]; do sleep 0.1; done; exit 7; fi
+    touch "$RUN_DIR/there"
+    exec env --default-signal=USR2 sleep 600 ;;
   is-stuck) exit 0 ;;
 esac
 [ "$RANK" = 0 ] || exit 0
@@ -93,7 +96,7 @@ def bash(name, *arguments, folder=FOLDER, cwd=ROOT, **settings):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     return result.returncode, result.stdout, result.stderr
 

@@ -62,7 +62,7 @@ def source(machine, before="", **variables):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     log = machine / "log"
     done = log.read_text() if log.exists() else ""

@@ -21,7 +21,7 @@ def losses_of(*launcher_and_options: str) -> list[tuple[str, str, str]]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "MASTER_PORT": str(free_port())},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return re.findall(

@@ -176,7 +176,7 @@ def test_shellcheck_has_nothing_to_say():
     names = [str(f.relative_to(ROOT)) for name in folders for f in (ROOT / name).rglob("*.sh")]
     assert len(names) > len(SCRIPTS) + 9
     result = subprocess.run(
-        ["shellcheck", "-x", *names], cwd=ROOT, capture_output=True, text=True, timeout=100
+        ["shellcheck", "-x", *names], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert (result.returncode, result.stdout) == (0, "")
 
@@ -424,7 +424,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, name, whole_group, 
         if re.search(r"\] iteration +6/", line):
             (os.killpg if whole_group else os.kill)(process.pid, sent)
             break
-    rest = process.communicate(timeout=150)[0]
+    rest = process.communicate(timeout=600)[0]
     assert process.returncode == 130, "".join(output) + rest
     assert "Traceback" not in rest
     stopped_at = last_iteration(run)

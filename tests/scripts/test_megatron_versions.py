@@ -50,7 +50,7 @@ def script(tmp_path):
             },
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
         )
         return result.returncode, result.stdout, result.stderr, log.read_text().splitlines()
 

@@ -6,6 +6,7 @@ in milliseconds. `run` runs a function on every rank; `train` a whole Megatron t
 
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -24,6 +25,8 @@ from typing import Any
 TOOLS = Path(__file__).resolve().parent
 ROOT = TOOLS.parents[1]
 TIMEOUT_S = 300
+# Below the range that the system takes ports from by itself: gloo listens on many of those.
+PORTS = range(16000, 32000)
 AFTER_AN_ERROR_S = 5  # that the other ranks get: they may be waiting for the one that failed
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -52,12 +55,9 @@ def start_server(megatron: Path | None = None) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port that was free a moment ago.
-
-    Below the range that the system takes ports from by itself: gloo listens on many of those.
-    """
+    """Return one of `PORTS` that was free a moment ago."""
     while True:
-        port = random.randrange(16000, 32000)
+        port = random.choice(PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
@@ -240,6 +240,7 @@ def train_on_this_rank(script: str, arguments: list[str]) -> dict[str, Any]:
     path = BUNDLED.get(script, Path(script))
     arguments = prepare(path, [*arguments, CPU_FLAG])
     record = _record_steps()
+    _fork_to_save()
     import runpy
 
     sys.argv = [str(path), *arguments]
@@ -255,6 +256,17 @@ def train_on_this_rank(script: str, arguments: list[str]) -> dict[str, Any]:
     record["arguments"] = {name: getattr(get_args(), name) for name in names}
     record["arguments"] |= getattr(get_args(), "random_ltd_scheduler_settings", {})
     return record
+
+
+def _fork_to_save() -> None:
+    """Let Megatron fork the process that it starts at a rank's first checkpoint.
+
+    By default it is spawned and imports torch again, which takes longer than the training here.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    original = filesystem_async.get_write_results_queue
+    filesystem_async.get_write_results_queue = functools.partial(original, "fork")
 
 
 def _record_steps() -> dict[str, Any]:

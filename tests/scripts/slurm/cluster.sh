@@ -112,7 +112,7 @@ up() {
   slurmctld -c -f "$SLURM_CONF"
   slurmd -N node1 -f "$SLURM_CONF"
   slurmd -N node2 -f "$SLURM_CONF"
-  if ! wait_for 20 is_idle; then
+  if ! wait_for 100 is_idle; then
     tail -n 5 "$B"/log/*.log >&2
     down
     give_up "the nodes did not come up"
@@ -132,13 +132,13 @@ down() {
   if [ -e "$SLURM_CONF" ]; then
     scancel --full --signal=KILL --user="$(id -un)" 2>/dev/null || true
     scancel --user="$(id -un)" 2>/dev/null || true
-    wait_for 15 has_no_jobs || true
+    wait_for 60 has_no_jobs || true
     scontrol shutdown >/dev/null 2>&1 || true
     if [ -e "$B/munge/pid" ]; then kill "$(cat "$B/munge/pid")" 2>/dev/null || true; fi
   fi
-  if ! wait_for 15 is_gone; then
+  if ! wait_for 60 is_gone; then
     for pid in $(daemons); do kill -KILL "$pid" 2>/dev/null || true; done
-    wait_for 5 is_gone || give_up "these processes do not end: $(daemons | xargs)"
+    wait_for 60 is_gone || give_up "these processes do not end: $(daemons | xargs)"
   fi
   rm -rf "$B"
 }

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(
     bool(MISSING),
     reason=f"there is no {', '.join(MISSING)}: apt-get install slurm-wlm munge",
 )
-TIMEOUT_S = 150
+TIMEOUT_S = 600  # ends what hangs; nothing takes so long
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -67,14 +67,14 @@ def slurm():
             env=environment(**variables),
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=TIMEOUT_S,
         )
         assert started.returncode == 0, started.stderr
         try:
             yield {"SLURM_CONF": f"{folder}/cluster/slurm.conf"}
         finally:
             subprocess.run(
-                [str(CLUSTER), "down"], env=environment(**variables), check=True, timeout=100
+                [str(CLUSTER), "down"], env=environment(**variables), check=True, timeout=TIMEOUT_S
             )
 
 
@@ -86,7 +86,7 @@ def command(slurm, *arguments, cwd=None, **settings) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -352,7 +352,7 @@ def test_a_script_without_its_file_says_so(slurm, tmp_path):
         input=text,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     state, output = ended(slurm, result.stdout.strip(), tmp_path)
     assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0")
