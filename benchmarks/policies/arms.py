@@ -32,7 +32,7 @@ class Size:
     batch_size: int = 4
     steps: int = 300
     lr: float = 4e-3
-    init_std: float = 0.02
+    init_std: float = 0.1
 
 
 SIZES = {"causal": Size(), "masked": Size()}
