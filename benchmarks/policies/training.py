@@ -141,7 +141,7 @@ def train(task: str, arm: Arm, size: Size, seed: int, tokens: Tensor) -> tuple[A
         if random_ltd is None:
             layer_tokens += own.ids.numel() * size.num_layers
         else:
-            layer_tokens += random_ltd.end_step().layer_tokens * size.batch_size
+            layer_tokens += random_ltd.end_step().layer_tokens_per_sample * size.batch_size
     return model, layer_tokens
 
 
