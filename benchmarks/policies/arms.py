@@ -35,7 +35,8 @@ class Size:
     init_std: float = 0.1
 
 
-SIZES = {"causal": Size(), "masked": Size()}
+# Each learning rate is the best of those tried for the dense run; see README.md.
+SIZES = {"causal": Size(), "masked": Size(lr=2e-3)}
 
 LATE = "after the middle"  # TokenBypass's layers: L/2+1..L-1
 MIDDLE = "all but first and last"  # random-LTD's layers: 2..L-1

@@ -6,6 +6,7 @@ samples in the same order, with the same tokens masked.
 Shapes: b samples, s sequence length.
 """
 
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,16 @@ from torch import Tensor
 
 CAUSAL, MASKED = "causal", "masked"
 TASKS = (CAUSAL, MASKED)
-MASK_ID = text.VOCABULARY  # one more than the tokenizer has
+# Tokens of the text: of the tokenizer's, or bytes. A masked model predicts few tokens of a sample
+# and in a run this short would learn no more of the tokenizer's than how frequent each is.
+TEXT_TOKENS = {CAUSAL: text.VOCABULARY, MASKED: 256}
+VOCABULARY = {task: count + 1 for task, count in TEXT_TOKENS.items()}
+MASK_ID = TEXT_TOKENS  # the last of the vocabulary
 END_OF_DOCUMENT = 0
-VOCABULARY = text.VOCABULARY + 1
-MASKED_SHARE = 0.15  # of the tokens; 80% of them become MASK_ID, 10% any token, 10% stay
+MASKED_SHARE = 0.15  # of the tokens; 80% of them become [MASK], 10% any token, 10% stay
 NOT_MASKED = -1  # the label of what is not masked, as in Megatron's BERT data sets
 EVALUATION_SEED = 0  # of the masks of the held-out text
+EVALUATED_CHARACTERS = 2000  # of each held-out file, where the tokens are bytes
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,30 @@ class Batch:
     labels: Tensor
 
 
-def read_tokens(prefix: str) -> Tensor:
-    """Return the tokens of a file that `lib.text.prepare` wrote, int64."""
+def read_texts(task: str, folder: Path) -> list[Tensor]:
+    """Return the tokens to train on and those of the two validation sets, int64.
+
+    Args:
+        folder: Of `lib.text.prepare`, which tokenises the text there unless it has done so.
+    """
+    if task == CAUSAL:
+        train_prefix, validation_prefixes, _ = text.prepare(folder)
+        return [_read_tokens(prefix) for prefix in (train_prefix, *validation_prefixes)]
+    sets = text.split(sysconfig.get_path("stdlib"))
+    return [_as_bytes(sets["train"])] + [
+        _as_bytes([own[:EVALUATED_CHARACTERS] for own in sets[name]])
+        for name in text.VALIDATION_SETS
+    ]
+
+
+def _read_tokens(prefix: str) -> Tensor:
     data = bytearray(Path(f"{prefix}.bin").read_bytes())
     return torch.frombuffer(data, dtype=torch.int16).long()  # fewer than 2^15 tokens exist
+
+
+def _as_bytes(texts: list[str]) -> Tensor:
+    joined = "".join(own + chr(END_OF_DOCUMENT) for own in texts)
+    return torch.frombuffer(bytearray(joined.encode()), dtype=torch.uint8).long()
 
 
 def blocks(tokens: Tensor, seq_length: int) -> Tensor:
@@ -66,7 +91,7 @@ def batch(task: str, own: Tensor, seed: int, first: int) -> Batch:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
     masked = torch.rand(ids.shape, generator=generator) < MASKED_SHARE
     how = torch.rand(ids.shape, generator=generator)
-    others = torch.randint(text.VOCABULARY, ids.shape, generator=generator)
-    read = torch.where(masked & (how < 0.8), MASK_ID, ids)
+    others = torch.randint(TEXT_TOKENS[task], ids.shape, generator=generator)
+    read = torch.where(masked & (how < 0.8), MASK_ID[task], ids)
     read = torch.where(masked & (how >= 0.9), others, read)
     return Batch(read, torch.where(masked, ids, NOT_MASKED))

@@ -33,7 +33,7 @@ from lib.paired import Row, write_csv
 
 from policies import analysis, picture, training
 from policies.arms import ARMS, LEVELS, SIZES, Size
-from policies.samples import TASKS, read_tokens
+from policies.samples import TASKS, read_texts
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = [1, 2, 3, 4, 5]
@@ -110,11 +110,10 @@ def train_all(options: argparse.Namespace) -> None:
     Raises:
         StudyError: The text is too short.
     """
-    train_prefix, validation_prefixes, _ = text.prepare(options.folder / "data")
-    texts = [read_tokens(prefix) for prefix in (train_prefix, *validation_prefixes)]
+    texts = {task: read_texts(task, options.folder / "data") for task in options.tasks}
     for task, size in sizes(options).items():
         check_same_size(options.folder / task, size)
-        read, available = size.steps * size.batch_size, (len(texts[0]) - 1) // size.seq_length
+        read, available = size.steps * size.batch_size, (len(texts[task][0]) - 1) // size.seq_length
         if read > available:
             raise StudyError(
                 f"--steps {size.steps}: a {task} run reads {read} samples of the text's "
@@ -139,7 +138,7 @@ def train_all(options: argparse.Namespace) -> None:
                 say(f"{what}: trained already")
                 continue
             start = time.monotonic()
-            row = train_one(task, name, sizes(options)[task], seed, texts)
+            row = train_one(task, name, sizes(options)[task], seed, texts[task])
             unfinished = path.with_suffix(".new")
             unfinished.write_text(json.dumps(row) + "\n")
             unfinished.rename(path)

@@ -74,7 +74,7 @@ def build(task: str, size: Size, seed: int) -> Any:
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
     )
-    shape = {"vocab_size": VOCABULARY, "max_sequence_length": size.seq_length}
+    shape = {"vocab_size": VOCABULARY[task], "max_sequence_length": size.seq_length}
     shape["position_embedding_type"] = "rope"  # models this small learn with it much sooner
     if task == CAUSAL:
         return GPTModel(config, get_gpt_layer_local_spec(), **shape).cuda()
@@ -120,7 +120,7 @@ def train(task: str, arm: Arm, size: Size, seed: int, tokens: Tensor) -> tuple[A
             size.seq_length,
             seed=seed,
             micro_batch_size=size.batch_size,
-            always_kept=[END_OF_DOCUMENT, MASK_ID],
+            always_kept=[END_OF_DOCUMENT, MASK_ID[task]],
         )
     settings = {"lr": size.lr, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
