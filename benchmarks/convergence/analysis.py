@@ -5,21 +5,29 @@
 prints the tables of a runs.csv again. The numbers of a run come from its TensorBoard folder, by the
 functions of megatron_rltd/commands/compare/run_logs.py.
 
-A difference between two arms is taken seed by seed, where both read the same samples in the same
-order, and then averaged. Its interval is Student's, at 95%, over the seeds.
+Differences between arms and their intervals are those of benchmarks/lib/paired.py.
 """
 
-import csv
 import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, installed or not
 
 from arms import ARMS, QUESTIONS
+from lib.paired import (
+    Row,
+    by_seed,
+    differences,
+    figure,
+    half_interval,
+    interval,
+    read_csv,
+    spread,
+)
 
 from megatron_rltd.commands.compare.run_logs import (
     SAMPLES,
@@ -31,10 +39,6 @@ from megatron_rltd.commands.compare.run_logs import (
 )
 from megatron_rltd.training import tags
 
-Row = dict[str, Any]
-
-# Student's 97.5% quantile by degrees of freedom; beyond the last it is taken, for it is larger.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SECOND_LOSS = "second_loss.txt"  # in a run's folder
 VALIDATION_PARTS = ("validation_a", "validation_b")
 
@@ -79,50 +83,6 @@ def read_all(folders: dict[tuple[str, int], Path]) -> tuple[list[Row], list[Row]
             }
             curves.append(of_run | at | {"validation_a": loss})
     return runs, curves
-
-
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """Write rows at full precision."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path: Path) -> list[Row]:
-    """Return the rows of `write_csv`."""
-    with path.open(newline="") as file:
-        return [
-            {k: v if k == "arm" else float(v) if "." in v or "e" in v else int(v) for k, v in r}
-            for r in (row.items() for row in csv.DictReader(file))
-        ]
-
-
-def by_seed(runs: list[Row], arm: str, key: str = "validation_loss") -> dict[int, Any]:
-    """Return a column of an arm's runs."""
-    return {row["seed"]: row[key] for row in runs if row["arm"] == arm}
-
-
-def differences(
-    runs: list[Row], arm: str, against: str, key: str = "validation_loss"
-) -> dict[int, float]:
-    """Return by how much an arm's value exceeds another's, for the seeds that both have."""
-    ours, theirs = by_seed(runs, arm, key), by_seed(runs, against, key)
-    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
-
-
-def spread(values: Iterable[float]) -> float:
-    """Return the sample standard deviation; nan of fewer than two values."""
-    values = list(values)
-    return stdev(values) if len(values) > 1 else math.nan
-
-
-def half_interval(values: Iterable[float]) -> float:
-    """Return half the width of the mean's 95% interval; nan of fewer than two values."""
-    values = list(values)
-    if len(values) < 2:
-        return math.nan
-    return STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * stdev(values) / math.sqrt(len(values))
 
 
 def verdict(values: Iterable[float], text_noise: float = 0.0) -> str:
@@ -193,24 +153,19 @@ def tables(runs: list[Row]) -> str:
         if not found:
             continue
         values = list(found.values())
-        mean, half = fmean(values), half_interval(values)
         each = ", ".join(f"{value:+.4f}" for value in values)
-        interval = "-" if math.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
         lines.append(
-            f"| {arm} - {against}<br>{what} | {each} | {mean:+.4f} | {_figure(spread(values))} | "
-            f"{interval} | {verdict(values, evaluation_noise(runs))} |"
+            f"| {arm} - {against}<br>{what} | {each} | {fmean(values):+.4f} | "
+            f"{figure(spread(values))} | {interval(values)} | "
+            f"{verdict(values, evaluation_noise(runs))} |"
         )
     lines += [
         "",
-        f"Spread of a difference over seeds: {_figure(seed_noise(runs))}. Standard error that the "
-        f"choice of validation text gives a difference: {_figure(evaluation_noise(runs))}.",
+        f"Spread of a difference over seeds: {figure(seed_noise(runs))}. Standard error that the "
+        f"choice of validation text gives a difference: {figure(evaluation_noise(runs))}.",
         "",
     ]
     return "\n".join(lines)
-
-
-def _figure(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def main(argv: list[str]) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from analysis import Row, differences, half_interval
 from arms import ARMS, QUESTIONS
+from lib.paired import Row, differences, half_interval
 
 # Okabe and Ito; the dashes tell arms apart without colours.
 STYLES = {

@@ -21,13 +21,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, installed or not
 
 import analysis
 import picture
-import text
 import training
 from arms import ARMS, BATCH_SIZE, FEWEST_STEPS, SEQ_LENGTH, flags, planned
+from lib import text
+from lib.paired import write_csv
 from training import StudyError, say
 
 from megatron_rltd.commands.compare.run_logs import LogError
@@ -93,8 +95,8 @@ def write_results(options: argparse.Namespace) -> None:
         for seed in options.seeds
     }
     runs, curves = analysis.read_all(folders)
-    analysis.write_csv(options.results / "runs.csv", runs)
-    analysis.write_csv(options.results / "curves.csv", curves)
+    write_csv(options.results / "runs.csv", runs)
+    write_csv(options.results / "curves.csv", curves)
     tables = analysis.tables(runs)
     (options.results / "tables.md").write_text(tables)
     picture.draw(runs, curves, options.results / "study.png")

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "convergence")
 import analysis
 import arms
 import study
-import text
 import training
+from lib import text
 
 FOLDER = Path(study.__file__).parent
 ROOT = FOLDER.parents[1]
