@@ -74,7 +74,7 @@ def groups_of_proj(weight: Tensor, shape: ModelShape) -> Tensor:
 
 
 def neurons_of_fc1(tensor: Tensor, shape: ModelShape) -> Tensor:
-    """Return linear_fc1's weight or bias as [2, neurons, ...], the gate first; ungated: [1, ...]."""
+    """Return linear_fc1's weight or bias as [2, neurons, ...], gate first; ungated: [1, ...]."""
     return tensor.unflatten(0, (2 if shape.gated else 1, -1))
 
 
