@@ -111,9 +111,7 @@ def find_refused_in_run(args: Any) -> list[str]:
             f"--tensor-model-parallel-size {shape.num_query_groups}"
         )
     if getattr(args, "gtp_weight_remat_size", 1) > 1:
-        found.append(
-            "--tensor-parallel-num-weight-shards splits each weight over ranks: omit it"
-        )
+        found.append("--tensor-parallel-num-weight-shards splits each weight over ranks: omit it")
     if not args.save:
         found.append(
             "--early-bird keeps its masks beside the checkpoints and saves one when the ticket has "

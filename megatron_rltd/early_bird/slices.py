@@ -41,7 +41,7 @@ def name_in_layer(name: str) -> str | None:
     """Return the parameter that a checkpoint's tensor belongs to; None if it is in no layer.
 
     Args:
-        name: Such as "decoder.layers.mlp.linear_fc1.weight", or the same after "optimizer.state...".
+        name: Such as "decoder.layers.mlp.linear_fc1.weight", or with more before it.
     """
     _, found, rest = name.partition(LAYERS)
     return found + rest if found else None

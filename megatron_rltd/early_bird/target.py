@@ -179,9 +179,7 @@ class Target:
         parallel = parallel or Parallel()
         if self.pattern == STRUCTURED:
             parts = importance(weights, shape)
-            return self.least(
-                {kind: parallel.join(part, 0) for kind, part in parts.items()}, shape
-            )
+            return self.least({kind: parallel.join(part, 0) for kind, part in parts.items()}, shape)
         whole = {}
         for name, mask in self.matrix_masks(weights, parallel).items():
             whole[name] = parallel.join(*masks.whole_matrix(name, mask, shape))

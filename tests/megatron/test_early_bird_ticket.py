@@ -1,4 +1,4 @@
-"""A ticket against its dense model, in float64: the pruned units' outputs zeroed, it is the same."""
+"""A ticket computes what its dense model does if the pruned units' outputs are zero, in float64."""
 
 import pytest
 import torch

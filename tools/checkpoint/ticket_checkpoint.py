@@ -268,7 +268,7 @@ def target_of(options: Any, dense: Dense) -> Target:
     """
     names = ("num_attention_heads", "ffn_hidden_size")
     given = {name: getattr(options, name) for name in names}
-    if not any(given.values()):
+    if all(value is None for value in given.values()):
         given = {name: getattr(dense.args, f"early_bird_{name}", None) for name in names}
         pattern = getattr(dense.args, "early_bird_pattern", STRUCTURED)
         if pattern != STRUCTURED:
