@@ -115,7 +115,7 @@ def stored_args(folder: Path) -> Any:
     """
     from megatron.core import dist_checkpointing
 
-    with _readable(folder):
+    with readable(folder):
         common = dist_checkpointing.load_common_state_dict(str(folder))
     args = common.get("args")
     if args is None or not hasattr(args, "layernorm_epsilon"):
@@ -165,7 +165,7 @@ def read(folder: Path, name: str) -> Tensor:
 
     stored = _by_gpt_names(folder)[name]
     wanted = {str(number): tensor for number, tensor in stored.items()}
-    with _readable(folder):
+    with readable(folder):
         loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
     if None in stored:
         return loaded["None"].cpu()
@@ -173,7 +173,7 @@ def read(folder: Path, name: str) -> Tensor:
 
 
 @contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
+def readable(folder: Path) -> Iterator[None]:
     """Turn what torch, pickle, Megatron or the file system raise into a ConversionError."""
     from torch.distributed.checkpoint import CheckpointException  # no Exception
 
