@@ -16,7 +16,7 @@ import collections
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -33,13 +33,9 @@ from megatron_rltd.model.block import (
 )
 from megatron_rltd.model.kept import Pass, draw_kept
 from megatron_rltd.model.layer import check_arguments, gather_angles, run_layer
+from megatron_rltd.model.models import block_of, check_models, find_models, length_of
 from megatron_rltd.model.observed import observe
 from megatron_rltd.patching import versions
-from megatron_rltd.refusals import (
-    BERT_WITH_CONTEXT_PARALLELISM,
-    find_refused_in_model,
-    find_refused_vision_layout,
-)
 from megatron_rltd.resolved_config import ModelFacts, ResolvedConfig, resolve
 from megatron_rltd.schedule import Step
 from megatron_rltd.tokens import kernels, ops, policies
@@ -126,38 +122,18 @@ class RandomLTD:
             versions.print_untested()
         if self._is_attached:
             raise ModelError("random-LTD: already attached; call detach() first")
-        chunks = model if isinstance(model, (list, tuple)) else [model]
-        models = list(_language_models(chunks)) or list(_vision_models(chunks))
-        if not models:
-            raise ModelError(
-                "random-LTD: there is no GPTModel, HybridModel (of megatron-core 0.18 or newer), "
-                "BertModel or CLIPViTModel to drop tokens in; a vision tower never drops"
-            )
+        models = find_models(model if isinstance(model, (list, tuple)) else [model])
         is_hybrid = hasattr(models[0], "hybrid_layer_pattern")
         if self._given is not None and is_hybrid != bool(self._given.model.groups):
             built = f"this script builds a {type(models[0]).__name__}"
             way_out = "use pretrain_hybrid.py with --hybrid-layer-pattern, or omit that flag"
             raise ConfigError([f"{built}: {way_out}"])
-        blocks = [m.decoder if hasattr(m, "decoder") else m.encoder for m in models]
-        problems = [
-            problem for b in blocks for problem in find_refused_in_model(b.config, self.config)
-        ]
-        is_vision = not hasattr(models[0], "max_sequence_length")
-        if is_vision:
-            problems += find_refused_vision_layout(blocks[0].config)
-        # A GPT's block is its decoder, BERT's its encoder.
-        if not hasattr(models[0], "decoder") and blocks[0].config.context_parallel_size > 1:
-            problems.append(BERT_WITH_CONTEXT_PARALLELISM)
-        if problems:
-            raise ConfigError(list(dict.fromkeys(problems)))
-        if self.config.policy == "token-bypass" and not _is_bypassable(models):
-            wanted = "a GPTModel or BertModel that is whole on each rank"
-            raise ConfigError([f"{flag('policy')} token-bypass needs {wanted}: use random"])
+        check_models(models, self.config)
+        blocks = [block_of(m) for m in models]
         if self._given is None:
-            length = models[0].seq_length if is_vision else models[0].max_sequence_length
             facts = ModelFacts.of(
                 blocks[0].config,
-                seq_length=seq_length or length,
+                seq_length=seq_length or length_of(models[0]),
                 seed=seed,
                 micro_batch_size=micro_batch_size,
                 pattern=getattr(models[0], "hybrid_layer_pattern", None),
@@ -173,22 +149,23 @@ class RandomLTD:
             for layer in block.layers:
                 _override(layer, functools.partial(run_layer, layer, layer.forward))
         self._blocks, self._is_attached = blocks, True
-        if self.config.policy in policies.PURE:
-            self._policy = policies.PURE[self.config.policy]()
-            return self
-        self._observed = models[0]
-        share, device = self.config.bypass_random_share, next(models[0].parameters()).device
-        self._policy = policies.TokenBypass(
-            models[0].vocab_size, always_kept, padding, share, device
-        )
-        if self._policy_state is not None:
-            self._policy.load(self._policy_state)
-        observe(models[0], self._policy, lambda: self.step is not None)
         if self.config.grow_micro_batch > 1:
             self._routers = [router for m in models for router in routers.routers_of(m)]
             for router in self._routers:
                 routers.balance_each(router, lambda: self._joined)
+        if self.config.policy in policies.PURE:
+            self._policy = policies.PURE[self.config.policy]()
+        else:
+            self._observe(models[0], always_kept, padding)
         return self
+
+    def _observe(self, model: Any, always_kept: Collection[int], padding: Collection[int]) -> None:
+        share, device = self.config.bypass_random_share, next(model.parameters()).device
+        self._observed = model
+        self._policy = policies.TokenBypass(model.vocab_size, always_kept, padding, share, device)
+        if self._policy_state is not None:
+            self._policy.load(self._policy_state)
+        observe(model, self._policy, lambda: self.step is not None)
 
     def policy_state(self) -> str | None:
         """Return what the policy has learned, for a checkpoint; None if it has not learned."""
@@ -373,38 +350,6 @@ class RandomLTD:
 @functools.cache
 def _signature(block_class: Any) -> inspect.Signature:
     return inspect.signature(block_class.forward)
-
-
-def _is_bypassable(models: list[Any]) -> bool:
-    """Return whether token-bypass can see the tokens and the losses of the models of a rank."""
-    whole = [m for m in models if m.pre_process and m.post_process]
-    return len(models) == len(whole) == 1 and not hasattr(whole[0], "hybrid_layer_pattern")
-
-
-def _language_models(models: Iterable[Any]) -> Iterator[Any]:
-    """Yield every GPTModel, HybridModel and BertModel in `models`, which may be wrapped."""
-    from megatron.core.models.bert.bert_model import BertModel
-    from megatron.core.models.gpt import GPTModel
-
-    kinds = [GPTModel, BertModel]
-    if versions.release() >= (0, 18):
-        from megatron.core.models.hybrid.hybrid_model import HybridModel
-
-        kinds.append(HybridModel)
-    for model in models:
-        yield from (m for m in model.modules() if isinstance(m, tuple(kinds)))
-
-
-def _vision_models(models: Iterable[Any]) -> Iterator[Any]:
-    """Yield every CLIPViTModel in `models` that is not the vision tower of a larger model."""
-    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-
-    for model in models:
-        modules = list(model.modules())
-        # A multimodal model has this attribute also on the pipeline stages of its tower, where no
-        # language model is.
-        if not any(hasattr(m, "language_model") for m in modules):
-            yield from (m for m in modules if isinstance(m, CLIPViTModel))
 
 
 def _override(module: torch.nn.Module, forward: Callable) -> None:
