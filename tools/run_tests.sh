@@ -8,7 +8,7 @@ set -euo pipefail
 # shellcheck disable=SC2034  # of environment.sh
 case ${1:-} in
   "") extras=(pytest-xdist) ;;
-  --all) extras=(pytest-xdist lm_eval mkdocs-material mkdocstrings-python) ;;
+  --all) extras=(pytest-xdist lm_eval mkdocs-material mkdocstrings-python sentencex) ;;
 esac
 # shellcheck source=tools/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

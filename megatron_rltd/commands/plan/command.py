@@ -193,8 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             # As in training: in a clone of Megatron-LM the script's folder holds its megatron.
             sys.path.insert(0, str(Path(script).resolve().parent))
         gpu = chosen_gpu(options)
-        of_vit = script is not None and Path(script).stem == "finetune_vit"
-        plan = make_plan(flags, options.gpus, options.dense_tokens, of_vit)
+        plan = make_plan(flags, options.gpus, options.dense_tokens, script)
         found = gpu_estimate.estimate(plan, gpu) if gpu else None
         if options.json:
             numbers = report.as_numbers(plan, options.tflops) | {"estimate": found}

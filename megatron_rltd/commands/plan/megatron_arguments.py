@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron_rltd.config import ConfigError
@@ -17,8 +18,15 @@ from megatron_rltd.patching import versions
 from megatron_rltd.refusals import refuse_command_line
 from megatron_rltd.vision import arguments as vision
 
-GPT2_VOCABULARY = 50257  # what GPT2BPETokenizer reads from GPT-2's --vocab-file
-DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}  # of Megatron-LM's pretrain_gpt.py and of ours
+# What these tokenizers of Megatron load unless told otherwise, and its size.
+VOCABULARIES = {
+    "GPT2BPETokenizer": ("GPT-2's", 50257),
+    "BertWordPieceLowerCase": ("that of bert-large-uncased,", 30522),
+}
+# Of Megatron-LM's pretrain_gpt.py and of ours; and of both pretrain_bert.py.
+GPT_TOKENIZER, BERT_TOKENIZER = VOCABULARIES
+# Flags of Megatron that only its BERT scripts read.
+_OF_BERT = ("--bert-no-binary-head", "--mask-prob", "--short-seq-prob")
 WITHOUT_FILES = ("NullTokenizer", "NullMultimodalTokenizer")
 
 
@@ -91,18 +99,18 @@ def prepare(flags: list[str], training: Any) -> None:
         arguments.is_te_min_version = lambda version, check_equality=True: True
 
 
-def parse(flags: list[str], gpus: int | None, of_vit: bool = False) -> Any:
+def parse(flags: list[str], gpus: int | None, script: str | None = None) -> Any:
     """Return what Megatron's parser makes of the flags, for a world of that many GPUs.
 
     Args:
-        of_vit: Whether they are the flags of `finetune_vit`, which has some of its own.
+        script: Of the training; `finetune_vit` has some flags of its own.
     """
     from megatron.training.arguments import parse_args
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(gpus or 1))
     sys.argv = ["pretrain_gpt.py", *flags]
-    args = parse_args(vision.add_arguments if of_vit else None)
-    problems = vision.find_problems(args) if of_vit else []
+    args = parse_args(vision.add_arguments if is_vit(script) else None)
+    problems = vision.find_problems(args) if is_vit(script) else []
     if problems:
         raise ConfigError(problems)
     if gpus is None:
@@ -118,15 +126,39 @@ def parse(flags: list[str], gpus: int | None, of_vit: bool = False) -> Any:
     return args
 
 
-def validate(args: Any, of_vit: bool = False) -> None:
-    """Let Megatron, and then this package, check and complete the arguments."""
+def is_vit(script: str | None) -> bool:
+    """Return whether a script trains a ViT."""
+    return script is not None and Path(script).stem == "finetune_vit"
+
+
+def is_bert(flags: list[str], script: str | None) -> bool:
+    """Return whether a script, or flags that only BERT's have, train a BERT."""
+    if script and Path(script).stem == "pretrain_bert":
+        return True
+    names = [flag.partition("=")[0] for flag in flags]
+    return bool({*_OF_BERT} & {*names}) or any("BertWordPiece" in flag for flag in flags)
+
+
+def defaults(args: Any, flags: list[str], script: str | None) -> dict[str, Any]:
+    """Return the ``args_defaults`` that a script gives Megatron for parsed arguments."""
+    if is_vit(script):
+        return vision.defaults(args)
+    return {"tokenizer_type": BERT_TOKENIZER if is_bert(flags, script) else GPT_TOKENIZER}
+
+
+def validate(args: Any, args_defaults: dict[str, Any]) -> None:
+    """Let Megatron, and then this package, check and complete the arguments.
+
+    Args:
+        args_defaults: Of `defaults`.
+    """
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.training import arguments
 
     # Megatron asks the environment for it; the run's will be what its launcher sets.
     fsdp = getattr(args, "use_torch_fsdp2", None) or getattr(args, "use_megatron_fsdp", None)
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32" if fsdp else "1"
-    arguments.validate_args(args, vision.defaults(args) if of_vit else DEFAULTS)
+    arguments.validate_args(args, args_defaults)
     # Its parameters differ between releases; each has the name of an argument.
     names = inspect.signature(init_num_microbatches_calculator).parameters
     init_num_microbatches_calculator(**{name: getattr(args, name, None) for name in names})
@@ -145,9 +177,9 @@ def set_vocabulary(args: Any) -> list[str]:
         build_tokenizer.build_tokenizer(args)
         return []
     size, notes = args.vocab_size, []
-    if size is None and args.tokenizer_type == "GPT2BPETokenizer":
-        size = GPT2_VOCABULARY
-        notes.append(f"the vocabulary is taken to be GPT-2's {size:,}; if not, add --vocab-size N")
+    if size is None and args.tokenizer_type in VOCABULARIES:
+        whose, size = VOCABULARIES[args.tokenizer_type]
+        notes.append(f"the vocabulary is taken to be {whose} {size:,}; if not, add --vocab-size N")
     if size is None:
         raise PlanError(
             f"the vocabulary of --tokenizer-type {args.tokenizer_type} is not known without its "
