@@ -195,6 +195,7 @@ def train_once(
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
     )
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     logits = trainer.predict(data[1]).predictions
     predicted = logits.argmax(-1) if classes else logits[:, 0]
