@@ -109,7 +109,7 @@ RAMP_ITERS=${RAMP_ITERS:-$((dense_iters * 3 > 10 ? dense_iters * 3 / 10 : 1))}
 epoch_iters=$((train_samples > GLOBAL_BATCH_SIZE ? train_samples / GLOBAL_BATCH_SIZE : 1))
 SAVE_INTERVAL=${SAVE_INTERVAL:-$epoch_iters}
 START_FROM=${START_FROM:-$DATA/checkpoint}
-most_processes=$((GLOBAL_BATCH_SIZE / MICRO_BATCH_SIZE * TP * PP * CP))
+most_processes=$((TP * PP * CP * (GLOBAL_BATCH_SIZE / MICRO_BATCH_SIZE)))
 (($(flag num-attention-heads) % TP == 0)) || problem "TP=$TP does not divide the $(flag num-attention-heads) attention heads: change TP"
 (($(flag num-layers) % PP == 0)) || problem "PP=$PP does not divide the $(flag num-layers) layers: change PP"
 

@@ -93,7 +93,7 @@ def bash(name, *arguments, folder=FOLDER, cwd=ROOT, **settings):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     return result.returncode, result.stdout, result.stderr
 
