@@ -8,9 +8,9 @@
     python -m megatron_rltd compare ...                  how finished runs compare
     python -m megatron_rltd convert-deepspeed ...        a DeepSpeed configuration as flags
 
-SCRIPT is a path, or the name of a script that comes with this package: pretrain_gpt or
-pretrain_hybrid. Add --cpu to ARGS (or set MEGATRON_RLTD_CPU=1) to run on the CPU of a machine
-without a GPU. Each command has its own --help.
+SCRIPT is a path, or the name of a script that comes with this package: pretrain_gpt,
+pretrain_hybrid or pretrain_bert. Add --cpu to ARGS (or set MEGATRON_RLTD_CPU=1) to run on the CPU
+of a machine without a GPU. Each command has its own --help.
 """
 
 import importlib

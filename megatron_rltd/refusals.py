@@ -231,6 +231,14 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+# Not a row of the table: the flags alone do not say which model a script builds.
+BERT_WITH_CONTEXT_PARALLELISM = (
+    "--context-parallel-size with BERT: Megatron's BertModel does not split its samples between "
+    "ranks: use --context-parallel-size 1, or --tensor-model-parallel-size with "
+    "--sequence-parallel for long ones"
+)
+
+
 def find_refused(args: Any) -> list[str]:
     """Return a sentence for every Megatron feature in use that random-LTD refuses.
 

@@ -121,7 +121,9 @@ def plain_layers(layers, hidden, kept, mask=None, rotary=None) -> Tensor:
         samples = []
         for j in range(BATCH):
             index = torch.arange(SEQ) if indices is None else indices[j].long()
-            own = None if mask is None else mask[j : j + 1][:, :, index][:, :, :, index]
+            own = mask
+            if mask is not None:  # True where masked: [b, 1, s or 1, s]
+                own = mask[j : j + 1].expand(-1, -1, SEQ, -1)[:, :, index][:, :, :, index]
             out, _ = type(layer).forward(
                 layer,
                 hidden_states=hidden[index, j : j + 1],

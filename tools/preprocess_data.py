@@ -15,6 +15,13 @@ A Hugging Face tokenizer that lies on the disk:
     python tools/preprocess_data.py --input wiki.jsonl --tokenizer-type HuggingFaceTokenizer \\
         --tokenizer-model gpt2/ --append-eod --output-prefix data/wiki
 
+Sentences for BERT, with a WordPiece vocabulary trained on the input, or with one that exists:
+
+    python tools/preprocess_data.py --input wiki.jsonl --split-sentences \\
+        --tokenizer-type wordpiece --vocab-size 30000 --output-prefix data/bert
+    python tools/preprocess_data.py --input wiki.jsonl --split-sentences \\
+        --tokenizer-type wordpiece --vocab-file vocab.txt --output-prefix data/bert
+
 A text for fine-tuning, its records joined as transformers' run_clm.py joins them:
 
     python tools/preprocess_data.py --input train.jsonl --tokenizer-type HuggingFaceTokenizer \\
@@ -30,11 +37,16 @@ are searched with their subfolders in sorted order; hidden files are ignored. Do
 order of --input. Nothing appears under the output's name before it is complete.
 
 Flags and files are those of Megatron-LM's tools/preprocess_data.py. With the same Hugging Face
-tokenizer the files are equal byte for byte. Splitting into sentences and --partitions are missing.
-A bpe reads the whole input twice. For many GB, train it on a part and then use its folder.
+tokenizer the files are equal byte for byte. --partitions is missing. Sentences are split by the
+package sentencex, not by nltk; a JSON list of strings is taken for the sentences of a document.
+A bpe reads the whole input twice, a wordpiece three times. For many GB, train it on a part and then
+use its folder.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import itertools
 import os
 import shlex
 import signal
@@ -44,9 +56,19 @@ import time
 from typing import Any
 
 from text_data import token_files, tokenization
-from text_data.corpus import InputError, batches, find_files, is_jsonl, read_records
+from text_data.corpus import (
+    BadRecord,
+    InputError,
+    batches,
+    find_files,
+    is_jsonl,
+    parse,
+    read_records,
+)
+from text_data.sentences import splitter
 from text_data.token_files import Counts
 from text_data.tokenization import BPE, BYTE, BYTE_VOCAB_SIZE, HUGGING_FACE, Tokenizer
+from text_data.wordpiece import SPECIAL, WORDPIECE, read_vocabulary
 from text_data.workers import WorkerKilled, WorkerPool
 
 
@@ -83,19 +105,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("tokenizer").add_argument
     text = (
-        "bytes as tokens, a byte-level BPE trained on the input, or a tokenizer of Hugging Face "
-        "(by Megatron's name)"
+        "bytes as tokens, a byte-level BPE or BERT's WordPiece trained on the input, or a "
+        "tokenizer of Hugging Face (by Megatron's name)"
     )
-    add("--tokenizer-type", required=True, choices=[BYTE, BPE, HUGGING_FACE], help=text)
+    add("--tokenizer-type", required=True, choices=[BYTE, BPE, WORDPIECE, HUGGING_FACE], help=text)
     text = f"{HUGGING_FACE}: its folder or tokenizer.json; nothing is downloaded"
     add("--tokenizer-model", metavar="PATH", help=text)
-    text = f"{BPE}: how many tokens to train, at least {BYTE_VOCAB_SIZE}"
+    text = f"{BPE}, {WORDPIECE}: how many tokens to train; a {BPE} needs {BYTE_VOCAB_SIZE}"
     add("--vocab-size", type=_positive, metavar="N", help=text)
+    text = f"{WORDPIECE}: its tokens, one a line, instead of training them"
+    add("--vocab-file", metavar="FILE", help=text)
+    text = f"{WORDPIECE}: keep capital letters and accents"
+    add("--cased", action="store_true", help=text)
     text = (
         f"{HUGGING_FACE}: the token that ends a document, if the tokenizer names none; a copy "
         "that names it is stored in PREFIX_tokenizer"
     )
     add("--eod-token", metavar="TOKEN", help=text)
+    text = (
+        "split each document into sentences, one sequence each, without special tokens, as BERT's "
+        "data sets need them; the files are then PREFIX_KEY_sentence.bin and .idx"
+    )
+    add("--split-sentences", action="store_true", help=text)
+    text = "language of the text to split, by its ISO code (default: %(default)s)"
+    add("--language", default="en", metavar="CODE", help=text)
     text = "end each document with the end-of-document token"
     add("--append-eod", action="store_true", help=text)
     text = (
@@ -130,15 +163,33 @@ def _suffix(text: str) -> str:
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for flags that do not fit together."""
     kind = args.tokenizer_type
-    used_by = {"tokenizer_model": HUGGING_FACE, "eod_token": HUGGING_FACE, "vocab_size": BPE}
+    used_by = {
+        "tokenizer_model": (HUGGING_FACE,),
+        "eod_token": (HUGGING_FACE,),
+        "vocab_size": (BPE, WORDPIECE),
+        "vocab_file": (WORDPIECE,),
+        "cased": (WORDPIECE,),
+    }
     for name, wanted in used_by.items():
         flag = "--" + name.replace("_", "-")
-        if getattr(args, name) is not None and kind != wanted:
-            raise InputError(f"{flag} is for --tokenizer-type {wanted}, not {kind}; omit {flag}")
+        if getattr(args, name) not in (None, False) and kind not in wanted:
+            raise InputError(
+                f"{flag} is for --tokenizer-type {' or '.join(wanted)}, not {kind}; omit {flag}"
+            )
     if kind == BPE and (args.vocab_size or 0) < BYTE_VOCAB_SIZE:
         raise InputError(
             f"--tokenizer-type {BPE} needs --vocab-size of at least {BYTE_VOCAB_SIZE}: "
             "256 bytes and the end-of-document token"
+        )
+    if kind == WORDPIECE:
+        _check_wordpiece(args)
+    if args.split_sentences and (args.append_eod or args.one_sequence):
+        flag = "--append-eod" if args.append_eod else "--one-sequence"
+        raise InputError(f"--split-sentences is for BERT's data sets, {flag} is not; omit {flag}")
+    if args.split_sentences and kind == BYTE:
+        raise InputError(
+            f"--split-sentences needs a tokenizer with [CLS], [SEP] and [MASK]; use "
+            f"--tokenizer-type {WORDPIECE}"
         )
     if kind == HUGGING_FACE and args.tokenizer_model is None:
         raise InputError(f"--tokenizer-type {HUGGING_FACE} needs --tokenizer-model PATH")
@@ -167,9 +218,28 @@ def check_args(args: argparse.Namespace) -> None:
                 raise InputError(f"--output-prefix: {file} is a folder; choose another prefix")
 
 
+def _check_wordpiece(args: argparse.Namespace) -> None:
+    if bool(args.vocab_size) == bool(args.vocab_file):
+        raise InputError(
+            f"--tokenizer-type {WORDPIECE} needs --vocab-size N to train one, or --vocab-file "
+            "FILE; give one of them"
+        )
+    if args.vocab_size and args.vocab_size <= len(SPECIAL):
+        raise InputError(
+            f"--vocab-size {args.vocab_size}: {len(SPECIAL)} tokens are special; use a larger one"
+        )
+    if args.append_eod:
+        raise InputError(
+            f"--append-eod: --tokenizer-type {WORDPIECE} has no end-of-document token; omit it"
+        )
+    if args.vocab_file and not os.path.isfile(args.vocab_file):
+        raise InputError(f"--vocab-file {args.vocab_file}: there is no such file; correct the path")
+
+
 def output_paths(args: argparse.Namespace) -> dict[str, str]:
     """Return {key: path of its output without ending}."""
-    return {key: f"{args.output_prefix}_{key}_document" for key in args.json_keys}
+    level = "sentence" if args.split_sentences else "document"  # Megatron-LM's names
+    return {key: f"{args.output_prefix}_{key}_{level}" for key in args.json_keys}
 
 
 def stored_tokenizer(args: argparse.Namespace) -> str:
@@ -180,7 +250,7 @@ def stored_tokenizer(args: argparse.Namespace) -> str:
 def make_tokenizer(
     args: argparse.Namespace, files: list[str], pool: WorkerPool, scratch: str
 ) -> Tokenizer:
-    """Return the tokenizer that the flags ask for; train it first if it is a BPE."""
+    """Return the tokenizer that the flags ask for; train it first if it is to be trained."""
     if args.tokenizer_type == BYTE:
         return tokenization.BYTES
     path, eod_token = args.tokenizer_model, args.eod_token
@@ -193,12 +263,29 @@ def make_tokenizer(
         # In a worker because training in the main process would not hear Ctrl-C.
         options = (files, args.json_keys, args.vocab_size, args.skip_bad_lines, args.workers, path)
         pool.call(tokenization.train_bpe, *options)
-    tokenizer = tokenization.load_hugging_face(path, eod_token, scratch)
+    if args.tokenizer_type == WORDPIECE:
+        return _make_wordpiece(args, files, pool, scratch)
+    tokenizer = tokenization.load_hugging_face(path, eod_token, scratch, not args.split_sentences)
     if args.append_eod and tokenizer.eod is None:
         raise InputError(
             f"--append-eod: {path} names no end-of-document token; name one with --eod-token"
         )
     return tokenizer
+
+
+def _make_wordpiece(
+    args: argparse.Namespace, files: list[str], pool: WorkerPool, scratch: str
+) -> Tokenizer:
+    folder = os.path.join(scratch, "wordpiece")
+    if args.vocab_file:
+        tokenization.store_wordpiece(read_vocabulary(args.vocab_file), args.cased, folder)
+    else:
+        print(f"training a WordPiece of {args.vocab_size} tokens", file=sys.stderr, flush=True)
+        size, skip = args.vocab_size, args.skip_bad_lines
+        options = (files, args.json_keys, size, args.cased, skip, args.workers, folder)
+        pool.call(tokenization.train_wordpiece, *options)
+    loaded = tokenization.load_hugging_face(folder, None, scratch, not args.split_sentences)
+    return dataclasses.replace(loaded, is_new=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -214,6 +301,8 @@ def run(args: argparse.Namespace) -> None:
     plain = [file for file in files if not is_jsonl(file)]
     if plain and len(args.json_keys) > 1:
         raise InputError(f"--json-keys: {plain[0]} is not a JSONL file; give only one key")
+    if args.split_sentences:
+        _try_to_split(args, files)
     compressed = any(file.lower().endswith((".gz", ".zst")) for file in files)
     read_bytes = None if compressed else sum(map(os.path.getsize, files))
     folder, name = os.path.split(args.output_prefix)
@@ -229,6 +318,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer.file,
             args.json_keys,
             tokenizer.eod if args.append_eod else None,
+            args.language if args.split_sentences else None,
         )
         counts = token_files.write(
             encoded,
@@ -237,6 +327,7 @@ def run(args: argparse.Namespace) -> None:
             scratch,
             skip=args.skip_bad_lines,
             one_sequence=args.one_sequence,
+            sentences=args.split_sentences,
             read_bytes=read_bytes,
             log_interval=args.log_interval,
         )
@@ -245,6 +336,13 @@ def run(args: argparse.Namespace) -> None:
             folders[tokenizer.folder] = stored_tokenizer(args)
         token_files.publish(scratch, output_paths(args), folders)
     report(args, tokenizer, counts, time.monotonic() - start)
+
+
+def _try_to_split(args: argparse.Namespace, files: list[str]) -> None:
+    """Raise InputError now, and not after minutes of training, if the package is missing."""
+    for record in itertools.islice(read_records(files), 1):
+        with contextlib.suppress(BadRecord):
+            parse(record, args.json_keys, lambda text: splitter(args.language)(text))
 
 
 def report(args: argparse.Namespace, tokenizer: Tokenizer, counts: Counts, seconds: float) -> None:
@@ -256,6 +354,8 @@ def report(args: argparse.Namespace, tokenizer: Tokenizer, counts: Counts, secon
     ]
     if args.one_sequence:
         lines.append("joined into one document of one sequence")
+    if counts.unused:
+        lines += counts.unused.warnings()
     if counts.skipped:
         lines.append(f"{counts.skipped:,} bad documents skipped")
     model = tokenizer.folder

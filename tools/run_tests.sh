@@ -8,7 +8,7 @@ set -euo pipefail
 extras=()
 if [ "${1:-}" = --all ]; then
   # shellcheck disable=SC2034  # of environment.sh
-  extras=(lm_eval mkdocs-material mkdocstrings-python)
+  extras=(lm_eval mkdocs-material mkdocstrings-python sentencex)
 fi
 # shellcheck source=tools/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -20,7 +20,9 @@ from megatron_rltd.refusals import refuse_command_line
 # Flags that Megatron knows only with our patches.
 OUR_FLAGS = ("-h", "--help", "--random-ltd", "--layer-token-lr", "--train-layer-tokens")
 _FOLDER = Path(megatron_rltd.__file__).parent / "pretrain"
-BUNDLED = {name: _FOLDER / f"{name}.py" for name in ("pretrain_gpt", "pretrain_hybrid")}
+BUNDLED = {
+    name: _FOLDER / f"{name}.py" for name in ("pretrain_gpt", "pretrain_hybrid", "pretrain_bert")
+}
 WAIT_S = 5
 CPU_FLAG, CPU_VARIABLE = "--cpu", "MEGATRON_RLTD_CPU"
 

@@ -34,7 +34,7 @@ from megatron_rltd.model.block import (
 from megatron_rltd.model.kept import Pass, draw_kept
 from megatron_rltd.model.layer import check_arguments, gather_angles, run_layer
 from megatron_rltd.patching import versions
-from megatron_rltd.refusals import find_refused_in_model
+from megatron_rltd.refusals import BERT_WITH_CONTEXT_PARALLELISM, find_refused_in_model
 from megatron_rltd.resolved_config import ModelFacts, ResolvedConfig, resolve
 from megatron_rltd.schedule import Step
 from megatron_rltd.tokens import kernels, ops
@@ -126,6 +126,9 @@ class RandomLTD:
         problems = [
             problem for b in blocks for problem in find_refused_in_model(b.config, self.config)
         ]
+        # A GPT's block is its decoder, BERT's its encoder.
+        if not hasattr(models[0], "decoder") and blocks[0].config.context_parallel_size > 1:
+            problems.append(BERT_WITH_CONTEXT_PARALLELISM)
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
         if self._given is None:

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_rltd.model import layer
 from megatron_rltd.patching import mechanism, versions
 from megatron_rltd.patching.mechanism import AppliedPatches, Patch
+from megatron_rltd.training import bert_data
 from megatron_rltd.training.arguments import add_arguments
 from megatron_rltd.training.state import Training
 
@@ -22,6 +23,19 @@ def _through(method: Callable) -> Callable[[Any], Any]:
     def wrap(original: Any) -> Any:
         # A function of a package that is not installed is None, and stays None.
         return original and functools.wraps(original)(functools.partial(method, original))
+
+    return wrap
+
+
+def _before(check: Callable) -> Callable[[Any], Any]:
+    """The same for a method, which must be a function to get its object."""
+
+    def wrap(original: Any) -> Any:
+        @functools.wraps(original)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return check(original, *args, **kwargs)
+
+        return method
 
     return wrap
 
@@ -105,6 +119,19 @@ def patches_of(training: Training) -> tuple[Patch, ...]:
             _through(training.num_floating_point_operations),
             "counts what is computed, so that the logged TFLOP/s are true",
             parameters=("args", "batch_size"),
+        ),
+        Patch(
+            "megatron.core.datasets.bert_dataset:BERTMaskedWordPieceDataset.__init__",
+            _before(bert_data.check_before),
+            "refuses tokenizers and documents of which BERT's samples would be wrong, or never end",
+            parameters=(
+                "indexed_dataset",
+                "dataset_path",
+                "indexed_indices",
+                "num_samples",
+                "index_split",
+                "config",
+            ),
         ),
         Patch(
             "megatron.core.models.common.embeddings.rope_utils:fused_apply_rotary_pos_emb",

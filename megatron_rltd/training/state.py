@@ -20,7 +20,7 @@ from megatron_rltd.model.random_ltd import RandomLTD
 from megatron_rltd.refusals import packs_sequences
 from megatron_rltd.resolved_config import ResolvedConfig, resolve
 from megatron_rltd.schedule import Progress, Step
-from megatron_rltd.training import budget, checkpoint, metrics, tags
+from megatron_rltd.training import bert_data, budget, checkpoint, metrics, tags
 from megatron_rltd.training.arguments import (
     config_from_args,
     facts_from_args,
@@ -85,6 +85,9 @@ class Training:
         """
         if getattr(args, "random_ltd", False):
             budget.check_units(args)
+            problems = bert_data.vocabulary_problems(args)
+            if problems:
+                raise ConfigError(problems)
         result = original(args, *rest, **kwargs)
         self._forget()  # arguments may have been validated before these
         if not args.random_ltd:

@@ -467,35 +467,6 @@ def test_multi_token_prediction_layers_never_drop():
     assert rows == [KEPT, gpt.SEQ, (1, gpt.SEQ), (2, gpt.SEQ)]
 
 
-def test_bert():
-    from megatron.core.models.bert import bert_layer_specs
-    from megatron.core.models.bert.bert_model import BertModel
-
-    config = gpt.config(num_layers=4)
-    model = BertModel(
-        config,
-        num_tokentypes=0,
-        transformer_layer_spec=bert_layer_specs.bert_layer_local_spec,
-        vocab_size=gpt.VOCAB,
-        max_sequence_length=gpt.SEQ,
-        add_binary_head=False,
-    ).double()
-    tokens, _, _ = gpt.batch()
-    padding = torch.ones(gpt.BATCH, gpt.SEQ)
-    padding[0, 12:] = padding[1, 9:] = 0
-    kept = expected_kept([2, 3])
-    hidden = model.embedding(input_ids=tokens, position_ids=model.bert_position_ids(tokens))
-    mask = model.bert_extended_attention_mask(padding)
-    plain = gpt.plain_layers(model.encoder.layers, hidden, kept, mask)
-    full = gpt.plain_layers(model.encoder.layers, hidden, {}, mask)
-    assert (plain - full).abs().max() > 1e-3
-    seen = []
-    model.encoder.final_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    step(attached(model.train()))
-    model(tokens, padding)
-    torch.testing.assert_close(seen[0], plain, rtol=1e-12, atol=1e-12)
-
-
 def test_preflight_forgets_buffers_and_random_numbers():
     from types import SimpleNamespace
 

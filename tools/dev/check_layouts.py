@@ -3,6 +3,7 @@
     python tools/dev/check_layouts.py                                  a quick subset, minutes
     python tools/dev/check_layouts.py --layouts TP2+SPxPP2 CP4 --models llama moe
     python tools/dev/check_layouts.py --features recompute-block+bf16 documents
+    python tools/dev/check_layouts.py --all --models bert
     python tools/dev/check_layouts.py --all --with-plain --markdown docs/layouts.md
     python tools/dev/check_layouts.py --list                           all names
 
@@ -24,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import layout_data
 import layout_matrix as matrix
 import layout_report as report
 import layout_runs as runs
@@ -40,11 +42,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--layouts", nargs="+", metavar="NAME", help="such as TP2+SPxPP2 (default: a few)")
     add("--models", nargs="+", metavar="NAME", help="(default: rope)")
     add("--features", nargs="+", metavar="NAME", help="such as clip+bf16 (default: none)")
-    add("--all", action="store_true", help="run the whole matrix instead")
+    add("--all", action="store_true", help="run the whole matrix, or its rows of --models")
     add("--list", action="store_true", help="print all names and the matrix, run nothing")
     add("--steps", type=int, default=4, metavar="N", help="steps to compare (default: 4)")
     add("--with-plain", action="store_true", help="measure plain Megatron too, in every row")
-    text = "a pretrain_gpt.py, with pretrain_hybrid.py beside it (default: those of megatron_rltd)"
+    text = "a pretrain_gpt.py, others' scripts beside it (default: those of megatron_rltd)"
     add("--script", default="pretrain_gpt", metavar="PATH", help=text)
     text = "flags for the layouts' runs only, not for the one in one process"
     add("--layout-flags", default="", metavar="'FLAGS'", help=text)
@@ -54,8 +56,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     options.extra = argv[split + 1 :]
     if options.steps < 1:
         parser.error("--steps must be at least 1")
-    if options.all and (options.layouts or options.models or options.features):
-        parser.error("--all takes no --layouts, --models and --features")
+    if options.all and (options.layouts or options.features):
+        parser.error("--all takes no --layouts and --features")
     if options.script != "pretrain_gpt" and not Path(options.script).is_file():
         parser.error(f"--script: there is no file {options.script}")
     return options
@@ -68,7 +70,10 @@ def chosen_rows(options: argparse.Namespace) -> list[matrix.Row]:
         UnknownName: They name something that is none of the tables'.
     """
     if options.all:
-        return list(matrix.blocks(matrix.MATRIX))
+        rows = list(matrix.blocks(matrix.MATRIX))
+        for name in options.models or ():
+            matrix.check_name("--models", name, matrix.MODELS)
+        return [row for row in rows if not options.models or row.model in options.models]
     if not (options.layouts or options.models or options.features):
         return list(matrix.blocks(matrix.QUICK))
     return matrix.rows(
@@ -101,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     results, start = [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
-        versions = runs.prepare(folder)
+        versions = layout_data.prepare(folder, any(row.model == matrix.BERT for row in rows))
         all_runs = runs.Runs(
             folder, script, options.steps, shlex.join(options.extra), options.layout_flags
         )

@@ -63,6 +63,8 @@ PATTERN = "--hybrid-layer-pattern"
 MOE = f"{LLAMA} --num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0.01"
 ALLTOALL = "--moe-token-dispatcher-type alltoall"
 
+BERT = "bert"
+
 MODELS = {
     "learned": f"--position-embedding-type learned_absolute {UNTIED}",
     "rope": f"{ROPE} {UNTIED}",
@@ -84,6 +86,11 @@ MODELS = {
     "hybrid": f"{LLAMA} {HYBRID} {PATTERN} {'*-' * 8}",
     "hybrid-moe": f"{MOE} {ALLTOALL} {HYBRID} {PATTERN} {'*E' * 8}",
     "hybrid-mla": f"{LATENT} --rope-type yarn {HYBRID} {PATTERN} {'+-' * 8}",
+    # Learned positions, tied embeddings, two heads; its samples are padded to different lengths.
+    BERT: (
+        "--data-path {sentences} --tokenizer-type HuggingFaceTokenizer "
+        "--tokenizer-model {tokenizer} --short-seq-prob 0.3 --split 100,0,0"
+    ),
 }
 
 
@@ -220,6 +227,8 @@ MATRIX = (
     ("TP2+SPxPP2", "hybrid", "pipes+recompute-uniform"),
     ("EP2xTP2+SPxPP2", "hybrid-moe", "none"),
     ("TP2+SPxCP2xPP2", "hybrid-mla", "none"),
+    ("TP2 TP4+SP PP4 PP2xVPP2 DP2+DO+overlap TP2+SPxPP2xDP2+DO", "bert", "none"),
+    ("1 TP2+SPxPP2", "bert", "recompute-uniform recompute-block all-layers+grow"),
     ("1 TP2+SPxPP2", "rope", "other-seed"),
 )
 

@@ -12,20 +12,21 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from layout_data import DOCUMENTS, SENTENCES, TOKENIZER
 from layout_matrix import (
+    BERT,
     COMMON,
     MOCK_DATA,
     MODELS,
     PATTERN,
     RAMP,
     RANDOM_LTD,
-    VOCAB_SIZE,
     Row,
     layout_flags,
     layout_parts,
     processes,
 )
-from local_ranks import RankError, Training, run, train
+from local_ranks import RankError, Training, train
 
 WARM_UP = 2  # steps before the checkpoint: the optimizer's state is part of what is compared
 TOLERANCE = 1e-5
@@ -80,13 +81,13 @@ def difference(ours: list[float], alone: list[float], steps: int) -> float:
 def is_same_order(row: Row) -> bool:
     """Return whether a layout adds the same numbers in the same order as one process.
 
-    Pipeline stages only divide the layers among processes; tied embeddings add the gradients of
-    the first and the last stage. Of two data-parallel ranks with a micro-batch each, the sum of two
-    gradients is the same either way round.
+    Pipeline stages only divide the layers among processes; tied embeddings (BERT's, too) add the
+    gradients of the first and the last stage. Of two data-parallel ranks with a micro-batch each,
+    the sum of two gradients is the same either way round.
     """
     sizes, _ = layout_parts(row.layout)
     wide = {name for name, size in sizes.items() if size > 1} - {"PP", "VPP"}
-    if row.model == "tied" or {"micro-batch-1", "grow"} & set(row.features.split("+")):
+    if row.model in ("tied", BERT) or {"micro-batch-1", "grow"} & set(row.features.split("+")):
         return False
     return not wide or (sizes["DP"], wide, row.features) == (2, {"DP"}, "two-micro-batches")
 
@@ -177,7 +178,7 @@ class Runs:
         """Return the flags of a run of a row but for where it starts."""
         features = [f.flags for f in row.chosen if f.alone or not alone]
         after = [self.extra, "" if alone else self.layout_extra]
-        given = " ".join([*features, *after])
+        given = " ".join([MODELS[row.model], *features, *after])
         parts = [COMMON, MODELS[row.model], RANDOM_LTD]
         if "--data-path" not in given:
             parts.append(MOCK_DATA)
@@ -188,7 +189,9 @@ class Runs:
         elif "DO" in layout_parts(row.layout)[1] and not is_fresh(row):
             parts.append(layout_flags("DO"))  # it cannot load the state of another optimizer
         parts += [*features, f"--train-iters {WARM_UP + self.steps}", *after]
-        return " ".join(parts).format(documents=self.folder / DOCUMENTS)
+        names = {"documents": DOCUMENTS, "sentences": SENTENCES, "tokenizer": TOKENIZER}
+        paths = {name: self.folder / file for name, file in names.items()}
+        return " ".join(parts).format(**paths)
 
     def _checkpoint(self, row: Row) -> Path:
         """Return the folder of the checkpoint that a row starts from; make it if need be."""
@@ -199,11 +202,13 @@ class Runs:
         return folder
 
     def _script(self, line: str) -> str:
-        """Return the script for a command line: Megatron has another one for a HybridModel."""
-        if PATTERN not in line:
-            return self.script
+        """Return the script for a command line: Megatron has others for HybridModel and BERT."""
         path = Path(self.script)
-        return str(path.with_name(f"pretrain_hybrid{path.suffix}"))
+        if f"/{SENTENCES} " in line:
+            return str(path.with_name(f"pretrain_bert{path.suffix}"))
+        if PATTERN in line:
+            return str(path.with_name(f"pretrain_hybrid{path.suffix}"))
+        return self.script
 
     def _train(self, processes: int, line: str) -> Training:
         """Run a training, or take its result from before.
@@ -249,34 +254,3 @@ def _reason(error: Exception) -> str:
 def without_random_ltd(line: str) -> str:
     """Return a command line without the flags of random-LTD."""
     return " ".join(re.sub(r"--random-ltd\S*( (?!--)\S+)*", "", line).split())
-
-
-DOCUMENTS = "documents"
-_NUMBER_OF_DOCUMENTS, _LONGEST = 400, 60
-
-
-def prepare(folder: Path) -> dict[str, str]:
-    """Write the data set of short documents; return the versions that the ranks run with."""
-    return run(1, _prepare, str(folder / DOCUMENTS))[0]
-
-
-def _prepare(path: str) -> dict[str, str]:
-    import megatron.core
-    import numpy
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    from megatron.core.tokenizers import MegatronTokenizer
-
-    tokenizer = MegatronTokenizer.from_pretrained(
-        metadata_path={"library": "null-text"}, vocab_size=VOCAB_SIZE
-    )
-    generator = numpy.random.default_rng(1)
-    builder = IndexedDatasetBuilder(f"{path}.bin", dtype=numpy.uint16)
-    for _ in range(_NUMBER_OF_DOCUMENTS):
-        # Rising with a random stride: something to learn, unlike noise.
-        length, first, stride = generator.integers((5, 0, 1), (_LONGEST, VOCAB_SIZE, 9))
-        tokens = (first + stride * numpy.arange(length)) % (VOCAB_SIZE - 1)
-        tokens[-1] = tokenizer.eod
-        builder.add_document(torch.from_numpy(tokens), [len(tokens)])
-    builder.finalize(f"{path}.idx")
-    return {"megatron-core": megatron.core.__version__, "torch": torch.__version__}

@@ -271,7 +271,8 @@ def _record_steps() -> dict[str, Any]:
         record["learning_rates"].append(group["lr"])
         record["weight_decays"].append(group["weight_decay"])
         if losses:
-            record["losses"].append(float(losses["lm loss"]))
+            parts = (losses[name] for name in ("lm loss", "sop loss") if name in losses)
+            record["losses"].append(sum(map(float, parts)))
         if "random-ltd kept tokens" in losses:
             record["kept"].append(float(losses["random-ltd kept tokens"]))
         record["grad_norms"].append(None if grad_norm is None else float(grad_norm))

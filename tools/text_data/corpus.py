@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 JSONL_SUFFIXES = (".jsonl", ".json", ".gz", ".zst")
@@ -186,10 +186,16 @@ def batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def parse(record: Record, keys: list[str]) -> list[list[str]]:
+def parse(
+    record: Record, keys: list[str], split: Callable[[str], list[str]] = lambda text: [text]
+) -> list[list[str]]:
     """Return the texts of a document: for each key a list of sentences, mostly of one.
 
     A list of strings in a JSON field stands for the sentences of one document, as in Megatron-LM.
+
+    Args:
+        keys: JSON fields to take.
+        split: From a text that is no such list to its sentences.
 
     Raises:
         BadRecord: It is not UTF-8, not JSON, lacks a key, or holds something else than text.
@@ -205,7 +211,7 @@ def parse(record: Record, keys: list[str]) -> list[list[str]]:
     if record.line is None:
         if "\0" in content:
             raise BadRecord(f"{record.place} is not text (it holds a null byte)")
-        return [[content]]
+        return [split(content)]
     try:
         fields = json.loads(content)
     except json.JSONDecodeError as problem:
@@ -216,10 +222,10 @@ def parse(record: Record, keys: list[str]) -> list[list[str]]:
         raise BadRecord(f"{record.place} is nested too deeply for JSON") from None
     if not isinstance(fields, dict):
         raise BadRecord(f"{record.place} is not a JSON object")
-    return [_sentences(record, fields, key) for key in keys]
+    return [_sentences(record, fields, key, split) for key in keys]
 
 
-def _sentences(record: Record, fields: dict, key: str) -> list[str]:
+def _sentences(record: Record, fields: dict, key: str, split: Callable) -> list[str]:
     if key not in fields:
         present = ", ".join(fields) or "none"
         raise BadRecord(f"{record.place} lacks the key '{key}' of --json-keys (it has: {present})")
@@ -233,4 +239,4 @@ def _sentences(record: Record, fields: dict, key: str) -> list[str]:
             sentence.encode()
         except UnicodeEncodeError:
             raise BadRecord(f"{record.place} holds half of a surrogate pair") from None
-    return sentences
+    return sentences if isinstance(fields[key], list) else split(sentences[0])

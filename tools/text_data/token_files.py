@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from text_data.corpus import BadRecord, InputError
+from text_data.sentences import Unused
 from text_data.tokenization import Encoded, quiet_imports
 from text_data.workers import STOP_SIGNALS, held
 
@@ -28,6 +29,8 @@ class Counts:
     """For each key."""
     text_bytes: int = 0
     skipped: int = 0
+    unused: Unused | None = None
+    """By BERT's data set, if that is what is written."""
 
 
 def write(
@@ -38,6 +41,7 @@ def write(
     *,
     skip: bool,
     one_sequence: bool,
+    sentences: bool,
     read_bytes: int | None,
     log_interval: int,
 ) -> Counts:
@@ -50,6 +54,7 @@ def write(
         scratch: An existing folder.
         skip: Leave bad documents out.
         one_sequence: Join the documents into one.
+        sentences: Count what BERT's data set will leave out.
         read_bytes: Size of all documents, None if that is not known.
         log_interval: Documents between lines of progress where there is no bar.
 
@@ -60,7 +65,7 @@ def write(
     """
     from tqdm import tqdm
 
-    counts, start = Counts(), time.monotonic()
+    counts, start = Counts(unused=Unused() if sentences else None), time.monotonic()
     builders: dict = {}
     # disable=None: no bar unless stderr is a terminal.
     bar = tqdm(total=read_bytes, unit="B", unit_scale=True, disable=None)
@@ -71,6 +76,8 @@ def write(
             for key, ids, lengths in zip(keys, document.ids, document.lengths, strict=True):
                 builders[key].add_document(ids, lengths)
                 counts.tokens[key] = counts.tokens.get(key, 0) + ids.size
+                if counts.unused:
+                    counts.unused.count(lengths)
             counts.documents += 1
             counts.text_bytes += document.text_bytes
             bar.update(document.read_bytes)

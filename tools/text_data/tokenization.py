@@ -12,9 +12,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+from text_data import wordpiece
 from text_data.corpus import BadRecord, InputError, Record, parse, read_records
+from text_data.sentences import splitter
 
 BYTE, BPE, HUGGING_FACE = "byte", "bpe", "HuggingFaceTokenizer"
 BYTE_VOCAB_SIZE = 257  # the bytes and the end-of-document token
@@ -62,13 +65,16 @@ def quiet_imports() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def load_hugging_face(path: str, eod_token: str | None, scratch: str) -> Tokenizer:
+def load_hugging_face(
+    path: str, eod_token: str | None, scratch: str, add_special: bool = True
+) -> Tokenizer:
     """Load a tokenizer as Megatron's HuggingFaceTokenizer does.
 
     Args:
         path: Its folder, or its tokenizer.json.
         eod_token: The end-of-document token; None: the one that the tokenizer names, if any.
         scratch: An existing folder to write in.
+        add_special: Whether it adds special tokens to each text, such as [CLS] and [SEP].
 
     Raises:
         InputError: It cannot be loaded, lacks the token, or would encode otherwise in a worker.
@@ -80,7 +86,7 @@ def load_hugging_face(path: str, eod_token: str | None, scratch: str) -> Tokeniz
     try:
         if is_new:
             store_hugging_face(path, eod_token, folder)
-        megatron = HuggingFaceTokenizer(folder)
+        megatron = HuggingFaceTokenizer(folder, include_special_tokens=add_special)
     except InputError:
         raise
     except Exception as problem:  # tokenizers raises bare Exception
@@ -95,12 +101,26 @@ def load_hugging_face(path: str, eod_token: str | None, scratch: str) -> Tokeniz
     if backend is not None:
         backend.save(file)
     probe = "".join(["A  b\n\tc\u00e9\u65e5 ", *megatron.tokenizer.all_special_tokens, " d"])
-    if backend is None or _encoder(file)(probe).tolist() != megatron.text_to_ids(probe):
+    if backend is None or _encoder(file, add_special)(probe).tolist() != megatron.text_to_ids(
+        probe
+    ):
         raise InputError(
             f"--tokenizer-model {path} needs code outside of its tokenizer.json; use it with "
             "Megatron-LM's tools/preprocess_data.py"
         )
+    if not add_special:
+        _check_for_bert(megatron, path)
     return Tokenizer(megatron.vocab_size, megatron.eod, file, folder, is_new)
+
+
+def _check_for_bert(megatron: Any, path: str) -> None:
+    """Raise InputError if BERT's data set could not train with a tokenizer."""
+    from megatron_rltd.training.bert_data import tokenizer_problems
+
+    names = ("pad", "unk", "cls", "sep", "mask")
+    ids = {name: getattr(megatron, f"{name}_id") for name in names}
+    for problem in tokenizer_problems(SimpleNamespace(**ids, eod=megatron.eod)):
+        raise InputError(f"--tokenizer-model {path}: {problem}")
 
 
 def store_hugging_face(path: str, eod_token: str | None, folder: str) -> None:
@@ -118,6 +138,11 @@ def store_hugging_face(path: str, eod_token: str | None, folder: str) -> None:
             )
         tokenizer.eos_token = eod_token
     tokenizer.save_pretrained(folder)
+    name_class_for_all(folder)
+
+
+def name_class_for_all(folder: str) -> None:
+    """Let older releases of transformers load a folder that `save_pretrained` wrote."""
     # transformers 5 writes a class name that 4 does not know; both know the older name.
     path = os.path.join(folder, "tokenizer_config.json")
     with open(path, encoding="utf-8") as file:
@@ -126,6 +151,21 @@ def store_hugging_face(path: str, eod_token: str | None, folder: str) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         with open(path, "w", encoding="utf-8") as file:
             json.dump(config, file, indent=2, ensure_ascii=False)
+
+
+def texts_of(files: list[str], keys: list[str], skip: bool) -> Iterator[str]:
+    """Yield the texts of a corpus to train a tokenizer on.
+
+    Raises:
+        BadRecord: A document cannot be used, and `skip` is false.
+    """
+    for record in read_records(files):
+        try:
+            for sentences in parse(record, keys):
+                yield from sentences
+        except BadRecord:
+            if not skip:
+                raise
 
 
 def train_bpe(
@@ -151,15 +191,6 @@ def train_bpe(
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    def texts() -> Iterator[str]:
-        for record in read_records(files):
-            try:
-                for sentences in parse(record, keys):
-                    yield from sentences
-            except BadRecord:
-                if not skip:
-                    raise
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -170,8 +201,31 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.train_from_iterator(texts_of(files, keys, skip), trainer)
     tokenizer.save(path)
+
+
+def train_wordpiece(
+    files: list[str],
+    keys: list[str],
+    vocab_size: int,
+    is_cased: bool,
+    skip: bool,
+    threads: int,
+    folder: str,
+) -> None:
+    """Train a WordPiece vocabulary on the corpus and store its tokenizer in a folder.
+
+    Args and errors: as of `train_bpe`; `is_cased`: keep capital letters and accents.
+    """
+    vocabulary = wordpiece.train(lambda: texts_of(files, keys, skip), vocab_size, is_cased, threads)
+    store_wordpiece(vocabulary, is_cased, folder)
+
+
+def store_wordpiece(vocabulary: list[str], is_cased: bool, folder: str) -> None:
+    """Write the tokenizer of a vocabulary, for Megatron to load."""
+    wordpiece.store(vocabulary, is_cased, folder)
+    name_class_for_all(folder)
 
 
 def training_flags(folder: str | None) -> list[str]:
@@ -187,7 +241,7 @@ def training_flags(folder: str | None) -> list[str]:
 
 
 @functools.cache
-def _encoder(file: str | None) -> Callable:
+def _encoder(file: str | None, add_special: bool = True) -> Callable:
     """Return the function from a text to the int32 array of its tokens."""
     import numpy as np
 
@@ -199,11 +253,20 @@ def _encoder(file: str | None) -> Callable:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # The fast variant leaves out the offsets in the text, and takes lists only.
-    return lambda text: np.array(tokenizer.encode_batch_fast([text])[0].ids, np.int32)
+
+    def encode(text: str):
+        encoded = tokenizer.encode_batch_fast([text], add_special_tokens=add_special)
+        return np.array(encoded[0].ids, np.int32)
+
+    return encode
 
 
 def encode_records(
-    file: str | None, keys: list[str], eod: int | None, records: list[Record]
+    file: str | None,
+    keys: list[str],
+    eod: int | None,
+    language: str | None,
+    records: list[Record],
 ) -> list[Encoded | BadRecord]:
     """Return for each record its tokens or what is wrong with it. Runs in the workers.
 
@@ -211,17 +274,28 @@ def encode_records(
         file: Of the tokenizer, None for bytes.
         keys: JSON fields to take.
         eod: The token to end each document with that has any token; None: do not.
+        language: Split texts of this language into sentences, and add no special token to any;
+            None: do neither.
         records: Documents.
+
+    Raises:
+        InputError: The package that splits is missing.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers says how many cores to use
-    return [_encode(_encoder(file), keys, eod, record) for record in records]
+    encode = _encoder(file, language is None)
+    return [_encode(encode, keys, eod, language, record) for record in records]
 
 
-def _encode(encode: Callable, keys: list[str], eod: int | None, record: Record):
+def _encode(
+    encode: Callable, keys: list[str], eod: int | None, language: str | None, record: Record
+):
     import numpy as np
 
     try:
-        texts = parse(record, keys)
+        if language is None:
+            texts = parse(record, keys)
+        else:
+            texts = parse(record, keys, lambda text: splitter(language)(text))
     except BadRecord as problem:
         return problem
     ids, lengths = [], []

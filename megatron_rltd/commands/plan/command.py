@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             # As in training: in a clone of Megatron-LM the script's folder holds its megatron.
             sys.path.insert(0, str(Path(script).resolve().parent))
         gpu = chosen_gpu(options)
-        plan = make_plan(flags, options.gpus, options.dense_tokens)
+        plan = make_plan(flags, options.gpus, options.dense_tokens, script)
         found = gpu_estimate.estimate(plan, gpu) if gpu else None
         if options.json:
             numbers = report.as_numbers(plan, options.tflops) | {"estimate": found}

@@ -42,6 +42,8 @@ def training_of(plan: Plan) -> Training:
         raise PlanError(
             "--gpu estimates what random-LTD saves, but the run is dense: add --random-ltd"
         )
+    if plan.is_bert:
+        raise PlanError("--gpu estimates causal attention only, and BERT's is full: omit --gpu")
     unknown = [name for name, value in _WITHOUT.items() if getattr(args, name, value) != value]
     if unknown:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)

@@ -10,14 +10,22 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron_rltd.config import ConfigError
 from megatron_rltd.patching import versions
 from megatron_rltd.refusals import refuse_command_line
 
-GPT2_VOCABULARY = 50257  # what GPT2BPETokenizer reads from GPT-2's --vocab-file
-DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}  # of Megatron-LM's pretrain_gpt.py and of ours
+# What these tokenizers of Megatron load unless told otherwise, and its size.
+VOCABULARIES = {
+    "GPT2BPETokenizer": ("GPT-2's", 50257),
+    "BertWordPieceLowerCase": ("that of bert-large-uncased,", 30522),
+}
+# Of Megatron-LM's pretrain_gpt.py and of ours; and of both pretrain_bert.py.
+GPT_TOKENIZER, BERT_TOKENIZER = VOCABULARIES
+# Flags of Megatron that only its BERT scripts read.
+_OF_BERT = ("--bert-no-binary-head", "--mask-prob", "--short-seq-prob")
 WITHOUT_FILES = ("NullTokenizer", "NullMultimodalTokenizer")
 
 
@@ -110,15 +118,27 @@ def parse(flags: list[str], gpus: int | None) -> Any:
     return args
 
 
-def validate(args: Any) -> None:
-    """Let Megatron, and then this package, check and complete the arguments."""
+def is_bert(flags: list[str], script: str | None) -> bool:
+    """Return whether a script, or flags that only BERT's have, train a BERT."""
+    if script and Path(script).stem == "pretrain_bert":
+        return True
+    names = [flag.partition("=")[0] for flag in flags]
+    return bool({*_OF_BERT} & {*names}) or any("BertWordPiece" in flag for flag in flags)
+
+
+def validate(args: Any, tokenizer_type: str = GPT_TOKENIZER) -> None:
+    """Let Megatron, and then this package, check and complete the arguments.
+
+    Args:
+        tokenizer_type: The script's default.
+    """
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.training import arguments
 
     # Megatron asks the environment for it; the run's will be what its launcher sets.
     fsdp = getattr(args, "use_torch_fsdp2", None) or getattr(args, "use_megatron_fsdp", None)
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32" if fsdp else "1"
-    arguments.validate_args(args, DEFAULTS)
+    arguments.validate_args(args, {"tokenizer_type": tokenizer_type})
     # Its parameters differ between releases; each has the name of an argument.
     names = inspect.signature(init_num_microbatches_calculator).parameters
     init_num_microbatches_calculator(**{name: getattr(args, name, None) for name in names})
@@ -137,9 +157,9 @@ def set_vocabulary(args: Any) -> list[str]:
         build_tokenizer.build_tokenizer(args)
         return []
     size, notes = args.vocab_size, []
-    if size is None and args.tokenizer_type == "GPT2BPETokenizer":
-        size = GPT2_VOCABULARY
-        notes.append(f"the vocabulary is taken to be GPT-2's {size:,}; if not, add --vocab-size N")
+    if size is None and args.tokenizer_type in VOCABULARIES:
+        whose, size = VOCABULARIES[args.tokenizer_type]
+        notes.append(f"the vocabulary is taken to be {whose} {size:,}; if not, add --vocab-size N")
     if size is None:
         raise PlanError(
             f"the vocabulary of --tokenizer-type {args.tokenizer_type} is not known without its "

@@ -27,6 +27,11 @@ from megatron_rltd.resolved_config import ResolvedConfig
 from megatron_rltd.schedule import LayerTokenCost, Schedule
 from megatron_rltd.training import budget
 
+FULL_ATTENTION = (
+    "BERT attends to all tokens: read the row 'FLOPs, full attention' (from Megatron 0.18 on); "
+    "Megatron's log counts causal attention, which is too little for BERT"
+)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -40,6 +45,7 @@ class Plan:
         same_layer_tokens: A dense run on as many LayerTokens (iso-compute); None if the run is.
         dense: A dense run of the raw tokens asked for; None if none were.
         notes: What was taken for granted, a sentence each.
+        is_bert: Whether the model attends to all tokens, not only to those before.
     """
 
     args: Any
@@ -49,6 +55,7 @@ class Plan:
     same_layer_tokens: PlannedRun | None
     dense: PlannedRun | None
     notes: list[str]
+    is_bert: bool = False
 
     @property
     def micro_batches(self) -> int:
@@ -57,13 +64,19 @@ class Plan:
         return self.run.segments[-1].batch_size // per_pass
 
 
-def make_plan(flags: list[str], gpus: int | None = None, dense_tokens: int | None = None) -> Plan:
+def make_plan(
+    flags: list[str],
+    gpus: int | None = None,
+    dense_tokens: int | None = None,
+    script: str | None = None,
+) -> Plan:
     """Return the plan of a run with these flags.
 
     Args:
         flags: All that come after the script on the command line of training.
         gpus: The world size. Default: what one replica of the model takes.
         dense_tokens: Raw tokens of a dense run to compare with.
+        script: Of the training; a pretrain_bert trains a BERT, and so do flags that only BERT has.
 
     Raises:
         PlanError: This package or Megatron refuses the flags, or they do not say enough.
@@ -81,7 +94,9 @@ def make_plan(flags: list[str], gpus: int | None = None, dense_tokens: int | Non
         )
         args = megatron_arguments.parse(flags, gpus)
         decay = {name: getattr(args, name) for name in ("lr_decay_iters", "lr_decay_samples")}
-        megatron_arguments.validate(args)
+        is_bert = megatron_arguments.is_bert(flags, script)
+        default = megatron_arguments.BERT_TOKENIZER if is_bert else megatron_arguments.GPT_TOKENIZER
+        megatron_arguments.validate(args, default)
         notes = megatron_arguments.set_vocabulary(args)
         resolved = ours.random_ltd.resolved if ours.random_ltd else None
         scheduler = _make_scheduler(args)
@@ -92,6 +107,9 @@ def make_plan(flags: list[str], gpus: int | None = None, dense_tokens: int | Non
         _check_batch_sizes(run)
     if getattr(args, "sft", None) or getattr(args, "dataloader_inter_document_masking", None):
         notes.append("packed documents are counted as whole sequences: FLOPs are an upper bound")
+
+    if is_bert:
+        notes.append(FULL_ATTENTION)
 
     def dense(samples: int) -> PlannedRun:
         return _dense_run(args, decay, _iterations(args, samples))
@@ -105,6 +123,7 @@ def make_plan(flags: list[str], gpus: int | None = None, dense_tokens: int | Non
         same_layer_tokens=dense(-(-tokens // resolved.layer_tokens.dense)) if resolved else None,
         dense=None if dense_tokens is None else dense(-(-dense_tokens // args.seq_length)),
         notes=notes,
+        is_bert=is_bert,
     )
 
 
