@@ -19,10 +19,10 @@ import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tools" / "checkpoint"))
-sys.path.insert(0, str(ROOT / "tools" / "evaluation"))
+# This checkout's package and tools.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "checkpoint"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "evaluation"))
 
 import export_hf
 import perplexity

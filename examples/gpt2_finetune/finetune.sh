@@ -18,7 +18,7 @@
 # The run
 #   RUN_DIR            (runs/gpt2_finetune/SCRIPT-seedSEED)
 #   MICRO_BATCH_SIZE   samples at once on a GPU (2)
-#   SAVE_INTERVAL      iterations between checkpoints (a dense epoch)
+#   SAVE_INTERVAL      iterations between checkpoints (a dense epoch; SCALE=smoke: 1000)
 #   PRECISION          fp32, as published; bf16 is faster
 #   SEED               1234; in a job array, the number of the task
 # The experiment
@@ -107,9 +107,9 @@ dense_iters=$((dense_samples / GLOBAL_BATCH_SIZE))
 ((dense_iters > 0)) || give_up "EPOCHS=$EPOCHS of $train_samples samples are fewer than GLOBAL_BATCH_SIZE=$GLOBAL_BATCH_SIZE: use more epochs or a longer text"
 RAMP_ITERS=${RAMP_ITERS:-$((dense_iters * 3 > 10 ? dense_iters * 3 / 10 : 1))}
 epoch_iters=$((train_samples > GLOBAL_BATCH_SIZE ? train_samples / GLOBAL_BATCH_SIZE : 1))
-SAVE_INTERVAL=${SAVE_INTERVAL:-$epoch_iters}
+SAVE_INTERVAL=${SAVE_INTERVAL:-$([ "$SCALE" = smoke ] && echo 1000 || echo "$epoch_iters")}
 START_FROM=${START_FROM:-$DATA/checkpoint}
-most_processes=$((GLOBAL_BATCH_SIZE / MICRO_BATCH_SIZE * TP * PP * CP))
+most_processes=$((TP * PP * CP * (GLOBAL_BATCH_SIZE / MICRO_BATCH_SIZE)))
 (($(flag num-attention-heads) % TP == 0)) || problem "TP=$TP does not divide the $(flag num-attention-heads) attention heads: change TP"
 (($(flag num-layers) % PP == 0)) || problem "PP=$PP does not divide the $(flag num-layers) layers: change PP"
 

@@ -188,7 +188,7 @@ def test_what_cannot_run_is_an_error_before_anything_starts(tmp_path, name, sett
             {"tokens": 1024},
             "has 1024 tokens, but one sample takes 1025: there is not an epoch of it",
         ),
-        ({"tokens": 5000, "valid_tokens": 0}, "data/valid has 0 tokens, but one sample takes"),
+        ({"tokens": 5000, "valid_tokens": 64}, "data/valid has 64 tokens, but one sample takes"),
         (
             {"tokens": 5000, "sequences": 3},
             "train_text_document has 3 documents, which would be sh",
