@@ -15,7 +15,7 @@ from tests.parallel import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from lib import paired
-from policies import analysis, arms, samples
+from policies import analysis, arms, samples, study
 
 FOLDER = ROOT / "benchmarks" / "policies"
 TIMEOUT_S = 600  # ends what hangs; nothing takes so long
@@ -227,9 +227,53 @@ def test_a_study_interrupted(tmp_path):
     assert analysis.tables(again) == table
     assert (tmp_path / "results" / "study.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
-    other = tiny_study(tmp_path, 0, "--steps", "3")
-    assert other.returncode == 2
-    assert "are of another size" in other.stderr
-    too_long = tiny_study(tmp_path / "long", 0, "--tasks", "masked", "--steps", "100000")
-    assert too_long.returncode == 2
-    assert "--steps 100000: a masked run reads 400000 samples" in too_long.stderr
+
+def test_runs_of_another_size_are_not_mixed(tmp_path):
+    study.check_same_size(tmp_path / "causal", arms.Size(steps=2))
+    study.check_same_size(tmp_path / "causal", arms.Size(steps=2))
+    with pytest.raises(study.StudyError, match="are of another size"):
+        study.check_same_size(tmp_path / "causal", arms.Size(steps=3))
+
+
+def test_no_run_reads_the_text_twice(tmp_path, monkeypatch):
+    texts = [torch.zeros(10 * arms.Size.batch_size * arms.Size.seq_length + 1)]
+    monkeypatch.setattr(study, "read_texts", lambda task, folder: texts)
+    monkeypatch.setattr(study, "train_one", lambda *_: {"validation_loss": 1.0})
+    words = ["--folder", str(tmp_path), "--tasks", "masked", "--seeds", "1", "--arms", "dense"]
+    study.train_all(study.parse_args([*words, "--steps", "10"]))
+    other = study.parse_args([*words, "--steps", "11", "--folder", str(tmp_path / "other")])
+    with pytest.raises(
+        study.StudyError, match="--steps 11: .* reads 44 samples of .* 40"
+    ):
+        study.train_all(other)
+
+
+def test_a_run_of_another_process_is_left_to_it(tmp_path, monkeypatch, capsys):
+    texts = [torch.zeros(10_000)]
+    monkeypatch.setattr(study, "read_texts", lambda task, folder: texts)
+    words = ["--folder", str(tmp_path), "--tasks", "masked", "--seeds", "1", "--arms", "dense"]
+    options = study.parse_args([*words, "--steps", "2"])
+
+    def train_one(*_):
+        study.train_all(options)  # as another process would, meanwhile
+        return {"validation_loss": 1.0}
+
+    monkeypatch.setattr(study, "train_one", train_one)
+    study.train_all(options)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "[1/1] seed 1 masked dense: another process trains it"
+    assert said[1].startswith("[1/1] seed 1 masked dense: validation loss 1.0000")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "0 is less than 1"),
+        (["--arms", "mildest"], "invalid choice: 'mildest'"),
+        (["--tasks", "vision"], "invalid choice: 'vision'"),
+    ],
+)
+def test_wrong_options(words, message, capsys):
+    with pytest.raises(SystemExit):
+        study.parse_args(words)
+    assert message in capsys.readouterr().err
