@@ -1,7 +1,7 @@
 """Train small models whose dropped tokens are chosen by different policies, and compare them.
 
     python benchmarks/policies/study.py                        everything
-    python benchmarks/policies/study.py --levels severe --tasks causal --seeds 6 7 8
+    python benchmarks/policies/study.py --arms dense severe --tasks causal --seeds 6 7 8
     python benchmarks/policies/study.py --list                 the arms and their LayerTokens
 
 Models are megatron-core's GPTModel and BertModel, on the CPU (or a GPU, where there is one) and on
@@ -31,7 +31,7 @@ import torch
 from lib import text
 from lib.paired import Row, write_csv
 
-from policies import analysis, picture, training
+from policies import analysis, picture
 from policies.arms import ARMS, LEVELS, SIZES, Size
 from policies.samples import TASKS, read_texts
 
@@ -56,7 +56,7 @@ def sizes(options: argparse.Namespace) -> dict[str, Size]:
 
 def names(options: argparse.Namespace) -> list[str]:
     """Return the arms to train."""
-    return [name for name in ARMS if name == "dense" or name.split("/")[0] in options.levels]
+    return [arm for arm in ARMS if arm in options.arms or arm.split("/")[0] in options.arms]
 
 
 def run_file(options: argparse.Namespace, task: str, arm: str, seed: int) -> Path:
@@ -89,6 +89,8 @@ def train_one(task: str, name: str, size: Size, seed: int, texts: list[torch.Ten
     Raises:
         StudyError: Its loss is no number.
     """
+    from policies import training  # it imports Megatron, and adapts it to the CPU
+
     model, layer_tokens = training.train(task, ARMS[name], size, seed, texts[0])
     parts = [training.evaluate(model, task, size, held_out) for held_out in texts[1:]]
     if not math.isfinite(sum(parts)):
@@ -197,7 +199,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--seeds", type=positive, nargs="+", default=SEEDS, help="(default: 1 2 3 4 5)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: both)")
-    add("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="(default: all)")
+    choices = [*ARMS, *LEVELS]
+    help_text = "arms, or levels for all of their arms (default: all)"
+    add("--arms", nargs="+", choices=choices, default=choices, metavar="ARM", help=help_text)
     steps = ", ".join(f"{task} {size.steps}" for task, size in SIZES.items())
     add("--steps", type=positive, help=f"of every run (default: {steps})")
     help_text = "where finished runs and data go (default: runs/policies)"
@@ -206,7 +210,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--results", type=Path, help=help_text)
     add("--list", action="store_true", help="print the arms and stop")
     options = parser.parse_args(argv)
-    for name in ("seeds", "tasks", "levels"):
+    for name in ("seeds", "tasks", "arms"):
         setattr(options, name, list(dict.fromkeys(getattr(options, name))))
     options.folder = options.folder.absolute()
     options.results = (options.results or options.folder / "results").absolute()
@@ -222,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # shells have background jobs ignore the first
         signal.signal(number, signal.default_int_handler)
     try:
+        from policies import training
+
         with training.megatron():
             train_all(options)
         write_results(options)
