@@ -146,6 +146,7 @@ def refuse_without_flag(args: Any) -> None:
     """
     given = [name for name, default in _DEFAULTS.items() if _value(args, name) != default]
     flags = [PREFIX + name.replace("_", "-") for name in given]
+    flags = [f"--no{FLAG[1:]}-exit" if f == f"{PREFIX}exit" else f for f in flags]
     if flags:
         raise ConfigError(
             [f"{f} does nothing without {FLAG}: add {FLAG} or omit {f}" for f in flags]
@@ -162,7 +163,9 @@ def options_of(args: Any) -> Options:
     names = ("pattern", "num_attention_heads", "ffn_hidden_size", "ratio")
     target = Target(**{name: _value(args, name) for name in names})
     shape = ModelShape.of(args)
-    wrong = target.problems(shape, args.tensor_model_parallel_size, PREFIX)
+    # More ranks than groups are refused already.
+    ranks = min(args.tensor_model_parallel_size, shape.num_query_groups)
+    wrong = target.problems(shape, ranks, PREFIX)
     problems += wrong
     if not wrong and target.pattern == STRUCTURED and target.kept(shape) == shape:
         problems.append(
