@@ -19,6 +19,7 @@ from megatron_rltd.refusals import refuse_command_line
 
 # Flags that Megatron knows only with our patches.
 OUR_FLAGS = ("-h", "--help", "--random-ltd", "--layer-token-lr", "--train-layer-tokens")
+OUR_FLAGS += ("--early-bird", "--no-early-bird")
 _FOLDER = Path(megatron_rltd.__file__).parent / "pretrain"
 _NAMES = ("pretrain_gpt", "pretrain_bert", "pretrain_hybrid", "finetune_vit")
 BUNDLED = {name: _FOLDER / f"{name}.py" for name in _NAMES}
@@ -55,6 +56,7 @@ def print_flags() -> None:
     """Print the flags that are added to those of a script."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # saves seconds of unneeded imports
     warnings.filterwarnings("ignore")
+    from megatron_rltd.early_bird.arguments import add_arguments as add_early_bird
     from megatron_rltd.training.arguments import add_arguments
 
     parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
@@ -63,7 +65,7 @@ def print_flags() -> None:
         action="store_true",
         help=f"Run on the CPU, on a machine without a GPU; {CPU_VARIABLE}=1 does the same.",
     )
-    print(add_arguments(parser).format_help())
+    print(add_early_bird(add_arguments(parser)).format_help())
 
 
 def prepare(script: Path, args: list[str]) -> list[str]:

@@ -62,6 +62,7 @@ RELIED_ON: tuple[Patch, ...] = (
     _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.get_lr"),
     _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.get_wd"),
     _relied_on("megatron.training.training:update_train_iters"),
+    _relied_on("megatron.training.training:save_checkpoint_and_time"),
     _relied_on("megatron.training.training:get_train_valid_test_num_samples"),
     _relied_on("megatron.core.num_microbatches_calculator:_build_num_microbatches_calculator"),
     _relied_on("megatron.training.datasets.data_samplers:MegatronPretrainingSampler.__iter__"),

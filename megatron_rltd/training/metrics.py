@@ -37,8 +37,14 @@ def add_to_log_line(
         layer_tokens: LayerTokens consumed by the run.
         share: The same as a share of what a dense run would have consumed.
     """
+    values = {tags.LAYER_TOKENS: layer_tokens, tags.SHARE_OF_DENSE: share}
+    add_exactly(total_losses, skipped, values)
+
+
+def add_exactly(total_losses: dict[str, Any], skipped: int, values: dict[str, float]) -> None:
+    """Do the same for any values, by name."""
     steps = max(1, total_losses.get(_ADVANCED, 0) + (not skipped))
-    for name, value in ((tags.LAYER_TOKENS, layer_tokens), (tags.SHARE_OF_DENSE, share)):
+    for name, value in values.items():
         total_losses[name] = torch.tensor([float(value * steps)], dtype=torch.float64)
 
 

@@ -1,14 +1,17 @@
 """The table of every Megatron symbol that random-LTD replaces in a process, and why that one.
 
-Rows hold no logic: each replacement calls one method of `state.Training`, or one function, which is
-given the original and always calls it. The forwards of a model's block and layers are not here:
-`RandomLTD.attach` overrides them on those instances only, and `versions.RELIED_ON` lists them.
+Rows hold no logic: each replacement calls one method of `state.Training`, or of the search for a
+ticket, or of both, or one function, which is given the original and always calls it. The forwards
+of a model's block and layers are not here: `RandomLTD.attach` overrides them on those instances
+only, and `versions.RELIED_ON` lists them.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
+from megatron_rltd.early_bird import arguments as early_bird_arguments
+from megatron_rltd.early_bird.training import Search
 from megatron_rltd.model import layer
 from megatron_rltd.patching import mechanism, versions
 from megatron_rltd.patching.mechanism import AppliedPatches, Patch
@@ -17,12 +20,17 @@ from megatron_rltd.training.arguments import add_arguments
 from megatron_rltd.training.state import Training
 
 
-def _through(method: Callable) -> Callable[[Any], Any]:
-    """Return a wrapper whose replacement calls ``method(original, ...)``."""
+def _through(*methods: Callable) -> Callable[[Any], Any]:
+    """Return a wrapper whose replacement calls ``method(original, ...)``.
+
+    Of several methods, each gets the one before it as its original.
+    """
 
     def wrap(original: Any) -> Any:
         # A function of a package that is not installed is None, and stays None.
-        return original and functools.wraps(original)(functools.partial(method, original))
+        for method in methods if original else ():
+            original = functools.wraps(original)(functools.partial(method, original))
+        return original
 
     return wrap
 
@@ -41,14 +49,15 @@ def _before(check: Callable) -> Callable[[Any], Any]:
 
 
 def _add_arguments(original: Callable, parser: Any) -> Any:
-    return add_arguments(original(parser))
+    return early_bird_arguments.add_arguments(add_arguments(original(parser)))
 
 
 _TRAINING = "megatron.training.training"
 
 
 def patches_of(training: Training) -> tuple[Patch, ...]:
-    """Return the table, its rows bound to a training."""
+    """Return the table, its rows bound to a training and to a new search for a ticket."""
+    search = Search()
     return (
         Patch(
             "megatron.training.arguments:add_megatron_arguments",
@@ -58,14 +67,14 @@ def patches_of(training: Training) -> tuple[Patch, ...]:
         ),
         Patch(
             "megatron.training.arguments:validate_args",
-            _through(training.validate_args),
+            _through(search.validate_args, training.validate_args),
             "checks the flags once Megatron has derived the layout",
             parameters=("args",),
             copies=("megatron.training.initialize",),
         ),
         Patch(
             "megatron.training.initialize:validate_args",
-            _through(training.validate_args),
+            _through(search.validate_args, training.validate_args),
             "the same in Megatron 0.17, where this module holds and calls a copy",
             parameters=("args",),
             copies=("megatron.training.arguments",),
@@ -73,7 +82,7 @@ def patches_of(training: Training) -> tuple[Patch, ...]:
         ),
         Patch(
             f"{_TRAINING}:setup_model_and_optimizer",
-            _through(training.setup_model_and_optimizer),
+            _through(search.setup_model_and_optimizer, training.setup_model_and_optimizer),
             "attaches to the model and, once a checkpoint is loaded, sets how long the run goes on",
         ),
         Patch(
@@ -83,7 +92,7 @@ def patches_of(training: Training) -> tuple[Patch, ...]:
         ),
         Patch(
             "megatron.training.checkpointing:check_checkpoint_args",
-            _through(training.check_checkpoint_args),
+            _through(search.check_checkpoint_args, training.check_checkpoint_args),
             "the only place that sees the arguments a checkpoint was trained with",
             parameters=("checkpoint_args",),
         ),
@@ -95,13 +104,20 @@ def patches_of(training: Training) -> tuple[Patch, ...]:
         ),
         Patch(
             f"{_TRAINING}:train_step",
-            _through(training.train_step),
-            "sets the kept length of a step, then counts its LayerTokens",
-            parameters=("forward_step_func", "data_iterator", "model", "optimizer"),
+            _through(search.train_step, training.train_step),
+            "sets the kept length of a step, then counts its LayerTokens; looks for a ticket",
+            parameters=(
+                "forward_step_func",
+                "data_iterator",
+                "model",
+                "optimizer",
+                "opt_param_scheduler",
+                "forward_backward_func",
+            ),
         ),
         Patch(
             f"{_TRAINING}:training_log",
-            _through(training.training_log),
+            _through(search.training_log, training.training_log),
             "logs LayerTokens, and losses and learning rate against them",
             parameters=(
                 "loss_dict",
@@ -111,6 +127,20 @@ def patches_of(training: Training) -> tuple[Patch, ...]:
                 "loss_scale",
                 "report_memory_flag",
                 "skipped_iter",
+            ),
+        ),
+        Patch(
+            f"{_TRAINING}:checkpoint_and_decide_exit",
+            _through(search.checkpoint_and_decide_exit),
+            "saves and ends the run when an Early-Bird ticket has emerged",
+            parameters=(
+                "model",
+                "optimizer",
+                "opt_param_scheduler",
+                "iteration",
+                "num_floating_point_operations_so_far",
+                "checkpointing_context",
+                "train_data_iterator",
             ),
         ),
         Patch(
