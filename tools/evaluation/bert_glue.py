@@ -112,7 +112,7 @@ def read_examples(file: Path, texts: Sequence[str] | None, label: str) -> list[E
         elif file.suffix in (".csv", ".tsv"):
             # GLUE's .tsv files have quotes that mean nothing.
             tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
-            records = list(csv.DictReader(lines, **tabs))  # type: ignore[arg-type]
+            records = list(csv.DictReader(lines, **tabs))  # type: ignore[call-overload]
         else:
             raise InputError(f"{file}: give a .jsonl, .csv or .tsv file")
     if not records:
