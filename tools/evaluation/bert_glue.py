@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 # This checkout's tools.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.glue_results import OF_NUMBERS, RESULTS, SCORES, report, score, table
 from text_data.corpus import InputError
+
+from evaluation.glue_results import OF_NUMBERS, RESULTS, SCORES, report, score, table
 
 # Of GLUE's tasks.
 TEXTS = (
