@@ -162,6 +162,7 @@ SENTENCE, LONG = [7, 8, 9], [7] * (bert_data.MAX_SENTENCE + 1)
         ([[SENTENCE]], {"min_sentences": 1}, None),
         ([[SENTENCE, LONG]], {}, "at most 512 tokens each, so Megatron would search"),
         ([[SENTENCE, LONG]], {"min_sentences": 1}, "there is none of at most 512"),
+        ([[LONG]], {"min_sentences": 1}, None),  # Megatron takes it and cuts it
         ([[SENTENCE] * 2, [SENTENCE]], {"first": 1}, "of 1 documents there is none"),
         ([[SENTENCE] * 2], {"first": 1}, "there is no document: use a larger share"),
         ([[SENTENCE] * 2], {"num_samples": 0}, "--eval-iters 0 asks for none"),
@@ -187,10 +188,9 @@ def test_a_usable_document_is_one_of_which_megatron_makes_samples(min_sentences,
     generator = np.random.default_rng(0)
     found = []
     for _ in range(60):
-        kinds = generator.choice(4, size=generator.integers(1, 9), p=[0.3, 0.4, 0.25, 0.05])
-        made = [
-            ([], [SENTENCE], [SENTENCE, LONG, SENTENCE], [SENTENCE] * 2)[kind] for kind in kinds
-        ]
+        kinds = generator.choice(5, size=generator.integers(1, 9), p=[0.3, 0.3, 0.25, 0.1, 0.05])
+        known = ([], [SENTENCE], [SENTENCE, LONG, SENTENCE], [LONG], [SENTENCE] * 2)
+        made = [known[kind] for kind in kinds]
         data = dataset(made)
         samples = helpers.build_mapping(
             *(data.document_indices.astype(np.int64), data.sequence_lengths, 1, 1000, 61, 0.1, 1),
