@@ -67,6 +67,7 @@ def megatron_outputs(flags: list[str], output: str, load: str = "", save: str = 
     adapter.CPU_ARGUMENTS.pop("bias_gelu_fusion", None)  # what makes GELU the tanh approximation
     adapter.enable()
     from megatron.core import mpu, tensor_parallel
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.bert.bert_model import BertModel
     from megatron.training import arguments, checkpointing, global_vars
@@ -102,6 +103,7 @@ def megatron_outputs(flags: list[str], output: str, load: str = "", save: str = 
     else:
         scattered(model)
     if save:
+        filesystem_async.get_write_results_queue("fork")  # which would else import torch again
         checkpointing.save_checkpoint(1, [model], None, None, 0)
     if args.pipeline_model_parallel_size > 1:
         return

@@ -118,6 +118,7 @@ def megatron_logits(flags: list[str], output: str, load: str = "", save: str = "
     torch.set_num_threads(1)
     adapter.enable()
     from megatron.core import mpu, tensor_parallel
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import arguments, checkpointing, global_vars
 
     from megatron_rltd.pretrain.finetune_vit import model_provider
@@ -141,6 +142,7 @@ def megatron_logits(flags: list[str], output: str, load: str = "", save: str = "
     else:
         scattered(model)
     if save:
+        filesystem_async.get_write_results_queue("fork")  # which would else import torch again
         checkpointing.save_checkpoint(1, [model], None, None, 0)
     with torch.no_grad():
         logits = model.eval().double()(torch.from_numpy(IMAGES))
