@@ -59,16 +59,6 @@ else
   log_interval=10
 fi
 
-# Print how many tokens a set has, from the head of its .idx and the size of its .bin.
-tokens_of() { # SET
-  local file=$DATA/$1_text_document code sequences
-  # After 9 bytes of a name and 8 of a version: the code of the tokens' type; the number of sequences.
-  code=$(od -An -tu1 -j17 -N1 "$file.idx" | tr -d ' ') sequences=$(od -An -tu8 -j18 -N8 "$file.idx" | tr -d ' ')
-  if [ "$sequences" != 1 ]; then
-    give_up "$file has ${sequences:-no} documents, which would be shuffled: make it with prepare_data.sh, or preprocess_data.py --one-sequence"
-  fi
-  echo $(($(stat -c %s "$file.bin") / (code == 8 ? 2 : 4)))
-}
 flag() { # NAME: its value in MODEL_ARGS
   printf '%s\n' "${MODEL_ARGS[@]}" | sed -n "/^--$1\$/{n;p}"
 }
@@ -95,7 +85,9 @@ else
   [ ${#problems[@]} -eq 0 ] || give_up "${problems[0]}"
   seq=$(flag seq-length)
   for name in train valid; do
-    tokens=$(tokens_of "$name") || exit
+    size=$(size_of "$DATA/${name}_text_document") || exit
+    read -r tokens sequences _ <<<"$size"
+    [ "$sequences" = 1 ] || give_up "$DATA/${name}_text_document has $sequences documents, which would be shuffled: make it with prepare_data.sh, or preprocess_data.py --one-sequence"
     # Each sample has one token more than it predicts, which the next one begins with.
     samples=$(((tokens - 1) / seq))
     ((samples > 0)) || give_up "$DATA/$name has $tokens tokens, but one sample takes $((seq + 1)): there is not an epoch of it; use a longer text"

@@ -13,10 +13,9 @@
 #   ... sbatch --array=0-29 examples/gpt3_1.3b/prepare_data.sh      each task its share of the files
 #   ... sbatch --dependency=afterok:JOB examples/gpt3_1.3b/prepare_data.sh      then join them
 #
-# Every file becomes its own shard with a checksum. If you repeat the command, it continues where the
-# last one stopped. A shard is made again only if the size or time of its file has changed. With
-# --array, tasks make shards and join nothing. Without --array, missing shards are made and all shards
-# are joined, in the order of the files' names, into OUTPUT/text_document.bin and .idx.
+# If you repeat the command, it continues where the last one stopped. With --array, tasks make shards
+# and join nothing. Without --array, missing shards are made and all are joined, in the order of the
+# files' names, into OUTPUT/text_document.bin and .idx. (examples/lib/shards.sh does this.)
 #
 #   INPUT        folder of .jsonl, .jsonl.gz and .jsonl.zst files, searched with its subfolders
 #   OUTPUT       folder for shards/, tokenizer/ and text_document.*
@@ -34,102 +33,22 @@ fi
 # shellcheck source=tools/environment.sh
 source "$(dirname "$script")/../../tools/environment.sh"
 
-[ -d "${INPUT:-}" ] || give_up "INPUT=${INPUT:-} is not a folder; set it to the folder of .jsonl files"
-[ -n "${OUTPUT:-}" ] || give_up "OUTPUT is not set; set it to the folder for the data set"
-shards=$OUTPUT/shards key=${JSON_KEY:-text}
-tokenizer=${TOKENIZER:-$OUTPUT/tokenizer}
-mkdir -p "$shards" || give_up "OUTPUT=$OUTPUT cannot be made; choose another"
-
-mapfile -d '' files < <(cd "$INPUT" &&
-  find . -type f \( -name '*.jsonl' -o -name '*.jsonl.gz' -o -name '*.jsonl.zst' \) \
-    -not -path '*/.*' -size +0 -printf '%P\0' | LC_ALL=C sort -z)
-[ ${#files[@]} -gt 0 ] || give_up "INPUT=$INPUT has no file ending in .jsonl, .jsonl.gz or .jsonl.zst"
-
-# One at a time makes the tokenizer; the others wait for it.
-exec {lock}>"$OUTPUT/.lock"
-flock "$lock" 2>/dev/null || say "no locks on this file system: start one task before the others"
-if [ -n "${TOKENIZER:-}" ]; then
-  [ -d "$TOKENIZER" ] || give_up "TOKENIZER=$TOKENIZER is not a folder; set it to a tokenizer's folder"
-elif [ ! -d "$tokenizer" ]; then
-  if [ -z "${VOCAB_FILE:-}" ] || [ -z "${MERGE_FILE:-}" ]; then
-    give_up "set VOCAB_FILE and MERGE_FILE to GPT-2's two files, or TOKENIZER to a folder"
-  fi
-  "$PYTHON" "$root/tools/gpt2_tokenizer.py" \
-    --vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE" --output "$tokenizer"
-elif ! { [ -z "${VOCAB_FILE:-}" ] || cmp -s "$VOCAB_FILE" "$tokenizer/vocab.json"; } ||
-  ! { [ -z "${MERGE_FILE:-}" ] || cmp -s "$MERGE_FILE" "$tokenizer/merges.txt"; }; then
-  give_up "$tokenizer was not made from VOCAB_FILE and MERGE_FILE;" \
-    "choose another OUTPUT or remove it"
-fi
-# Shards of two settings must not meet in one data set.
-settings="key=$key tokenizer=$(cd "$tokenizer" && sha256sum tokenizer.json | cut -c 1-64)"
-if [ ! -s "$shards/settings" ]; then printf '%s\n' "$settings" >"$shards/settings"; fi
-[ "$(cat "$shards/settings")" = "$settings" ] ||
-  give_up "$shards was made with another tokenizer or JSON_KEY; choose another OUTPUT or remove it"
-flock --unlock "$lock" 2>/dev/null || true
-
-# Of 30 files task 2 of 8 makes 2, 10, 18 and 26.
-task=${SLURM_ARRAY_TASK_ID:-0} lowest=${SLURM_ARRAY_TASK_MIN:-0} every=${SLURM_ARRAY_TASK_COUNT:-1}
-step=${SLURM_ARRAY_TASK_STEP:-1}
-[ $((lowest + (every - 1) * step)) -eq "${SLURM_ARRAY_TASK_MAX:-0}" ] ||
-  give_up "tasks share the files evenly, so number them without gaps: --array=0-$((every - 1))"
-first=$(((task - lowest) / step))
-failed=0 made=0 prefixes=()
-for ((i = first; i < ${#files[@]}; i += every)); do
-  file=${files[i]}
-  shard=$shards/${file//\//__}
-  prefix=${shard}_${key}_document
-  source="$(stat -c 'size %s time %Y' "$INPUT/$file")"
-  if [ "$(cat "$shard.source" 2>/dev/null)" = "$source" ]; then
-    if [ -f "$shard.empty" ]; then continue; fi
-    if [ -f "$prefix.sha256" ] && [ -s "$prefix.bin" ] && [ -s "$prefix.idx" ]; then
-      prefixes+=("$prefix")
-      continue
+# What examples/lib/shards.sh needs.
+# shellcheck disable=SC2034
+level=document tokenize=(--append-eod)
+# shellcheck disable=SC2154,SC2317  # called there, where tokenizer is set
+make_tokenizer() {
+  if [ ! -d "$tokenizer" ]; then
+    if [ -z "${VOCAB_FILE:-}" ] || [ -z "${MERGE_FILE:-}" ]; then
+      give_up "set VOCAB_FILE and MERGE_FILE to GPT-2's two files, or TOKENIZER to a folder"
     fi
+    "$PYTHON" "$root/tools/gpt2_tokenizer.py" \
+      --vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE" --output "$tokenizer"
+  elif ! { [ -z "${VOCAB_FILE:-}" ] || cmp -s "$VOCAB_FILE" "$tokenizer/vocab.json"; } ||
+    ! { [ -z "${MERGE_FILE:-}" ] || cmp -s "$MERGE_FILE" "$tokenizer/merges.txt"; }; then
+    give_up "$tokenizer was not made from VOCAB_FILE and MERGE_FILE;" \
+      "choose another OUTPUT or remove it"
   fi
-  rm -f "$shard.source" "$shard.empty" "$prefix.sha256"
-  say "$((i + 1))/${#files[@]} $file"
-  status=0
-  "$PYTHON" "$root/tools/preprocess_data.py" --input "$INPUT/$file" \
-    --json-keys "$key" --append-eod --skip-bad-lines \
-    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$tokenizer" \
-    --workers "${WORKERS:-${SLURM_CPUS_PER_TASK:-$(nproc)}}" --log-interval 100000 \
-    --output-prefix "$shard" >"$shard.log" 2>&1 || status=$?
-  if [ "$status" -ge 128 ]; then exit "$status"; fi  # stopped; the same command goes on
-  grep -E ' bad documents skipped$|^[^ ]* error: ' "$shard.log" | sed "s|^|$file: |" >&2 || true
-  if [ "$status" -ne 0 ] && grep -qE ' error: .* none of [0-9]+ documents has text' "$shard.log"; then
-    touch "$shard.empty" # bad lines only: counted, and nothing to join
-    printf '%s\n' "$source" >"$shard.source"
-    continue
-  elif [ "$status" -ne 0 ]; then
-    failed=$((failed + 1))
-    continue
-  fi
-  (cd "$shards" && sha256sum "${prefix##*/}".{bin,idx}) >"$prefix.sha256.tmp"
-  mv "$prefix.sha256.tmp" "$prefix.sha256"
-  printf '%s\n' "$source" >"$shard.source"
-  prefixes+=("$prefix") made=$((made + 1))
-done
-[ ${#prefixes[@]} -gt 0 ] || [ "$failed" -gt 0 ] || [ "$every" -gt 1 ] ||
-  give_up "no file in INPUT=$INPUT has a line with text under '$key'; see $shards/*.log"
-[ "$failed" -eq 0 ] || give_up "$failed of ${#files[@]} files failed, see above and $shards/*.log." \
-  "Correct or remove them; the same command goes on"
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  say "$made shards made; to join those of all tasks, run the same command without --array"
-  exit
-fi
-
-# Joining copies everything, so it is done only if needed.
-merged=$OUTPUT/text_document
-if [ ! -f "$merged.sha256" ] || [ ! -s "$merged.bin" ] || [ ! -s "$merged.idx" ] ||
-  ! cat "${prefixes[@]/%/.sha256}" | cmp -s - "$merged.parts"; then
-  rm -f "$merged.parts"
-  "$PYTHON" "$root/tools/merge_datasets.py" \
-    --input "${prefixes[@]/%/.idx}" --output-prefix "$merged"
-  cat "${prefixes[@]/%/.sha256}" >"$merged.parts"
-fi
-for file in "${files[@]}"; do cat "$shards/${file//\//__}.log"; done |
-  awk '/ bad documents skipped$/ { gsub(",", "", $1); bad += $1 }
-    / bad ones skipped\)/ { match($0, /\([0-9]+ bad/); bad += substr($0, RSTART + 1) }
-    END { if (bad) print bad " bad lines skipped, named in shards/*.log" }'
-say "train with DATA_PATH=$merged TOKENIZER=$tokenizer"
+}
+# shellcheck source=examples/lib/shards.sh
+source "$root/examples/lib/shards.sh"

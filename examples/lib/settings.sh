@@ -15,12 +15,13 @@
 #        need FILE WAY_OUT        a problem if FILE is missing or empty (not with DRY_RUN). Containers
 #                                 see the folders of such files
 #        text_data_flags          DATA_ARGS for DATA_PATH, token files or a blend, and TOKENIZER
+#        size_of PREFIX           print how many tokens, sequences and documents its .idx and .bin have
 #   2. sets program: the script for `python -m megatron_rltd`; and, each with a default for its
 #      SCALE: GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE, PRECISION, SAVE_INTERVAL, RUN_DIR. It may set
 #      most_processes: how many of a machine's GPUs it can use
 #   3. adds its own flags to the four arrays
 #   4. calls random_ltd_flags INCREMENT: RANDOM_LTD_ARGS by METHOD, without the run's length; it adds
-#      that. (Before: METHOD, MIN_TOKENS, RAMP_ITERS, STRATA; GROW_MICRO_BATCH may be unset)
+#      that. (Before: METHOD, MIN_TOKENS, RAMP_ITERS, STRATA; GROW_MICRO_BATCH and POLICY may be unset)
 #   5. calls shared_flags: what is below "The model on the machine" and START_FROM
 #   6. sources launch.sh, which says what is wrong, or starts the processes, or prints the command
 #
@@ -95,6 +96,17 @@ switches SP CPU LOSS_FUSION GRADIENT_FUSION
 whole_numbers TP PP CP GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE GROW_MICRO_BATCH \
   SAVE_INTERVAL RETAIN_INTERVAL PROCESSES EXIT_MINUTES SEED
 
+size_of() {
+  # After 9 bytes of a name and 8 of a version: the code of the tokens' type, the number of sequences,
+  # and that of documents and one more. (megatron/core/datasets/indexed_dataset.py)
+  local code sequences documents
+  code=$(od -An -tu1 -j17 -N1 "$1.idx" | tr -d ' ')
+  sequences=$(od -An -tu8 -j18 -N8 "$1.idx" | tr -d ' ')
+  documents=$(od -An -tu8 -j26 -N8 "$1.idx" | tr -d ' ')
+  [[ $code =~ ^[48]$ && -n $documents ]] || give_up "$1.idx is not the index of a data set: make it again"
+  echo $(($(stat -c %s "$1.bin") / (code == 8 ? 2 : 4))) "$sequences" $((documents - 1))
+}
+
 random_ltd_flags() { # INCREMENT
   GROW_MICRO_BATCH=${GROW_MICRO_BATCH:-$((MICRO_BATCH_SIZE < 16 ? 16 / MICRO_BATCH_SIZE : 1))}
   RANDOM_LTD_ARGS=(
@@ -108,6 +120,7 @@ random_ltd_flags() { # INCREMENT
     constant) RANDOM_LTD_ARGS+=(--random-ltd-constant) ;;
     *) problem "METHOD=$METHOD is not dense, ltd or constant" ;;
   esac
+  [ -z "${POLICY:-}" ] || [ "$METHOD" = dense ] || RANDOM_LTD_ARGS+=(--random-ltd-policy "$POLICY")
 }
 
 shared_flags() {
