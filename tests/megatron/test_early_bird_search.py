@@ -157,7 +157,7 @@ def test_resumed_with_random_ltd_is_as_uninterrupted(tmp_path):
     assert first.losses + second.losses == uninterrupted.losses
     checks = checks_in(uninterrupted.output)
     assert len(checks) == STEPS - 1
-    # Each run takes the mask of its last iteration in the step after it, so 4 is there once.
+    # The mask of iteration 4 is taken in the step after it, so that it is there once.
     assert checks_in(first.output) + checks_in(second.output) == checks
     assert "continues with the masks of iterations 2, 3" in second.output
     assert masks_in(moved) == {n: mask for n, mask in masks_in(whole).items() if n > 1}

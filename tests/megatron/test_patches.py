@@ -10,6 +10,7 @@ import torch
 
 from megatron_rltd import RandomLTD, RandomLTDConfig
 from megatron_rltd.config import ModelError
+from megatron_rltd.early_bird import arguments as early_bird
 from megatron_rltd.patching import mechanism, versions
 from megatron_rltd.patching.mechanism import PatchError
 from megatron_rltd.training import patches
@@ -201,7 +202,7 @@ def test_a_copy_made_too_early_stops_everything(monkeypatch):
 
 def test_every_wrapper_calls_the_original():
     # In a training without random-LTD, each replacement must do what the original does.
-    args = add_arguments(argparse.ArgumentParser()).parse_args([])
+    args = early_bird.add_arguments(add_arguments(argparse.ArgumentParser())).parse_args([])
     for patch in PATCHES:
         calls = []
 
