@@ -25,7 +25,7 @@
 # The experiment
 #   TASK               cifar10, cifar100 or imagenet
 #   METHOD             dense, ltd, or constant: drop without growth, the ablation
-#   EPOCHS             14
+#   EPOCHS             14 (SCALE=smoke: 5)
 #   LR                 1e-4 (CIFAR, constant), 5e-5 (ImageNet, falls to 0 as a cosine)
 #   MIN_TOKENS, INCREMENT, RAMP_ITERS  kept tokens at first, their step, iterations until nothing is
 #                      dropped (CIFAR 32, 8, 5/7 of the run; ImageNet 66, 1, 4/5 of the run)
@@ -60,7 +60,7 @@ case $TASK in
     ;;
   *) give_up "TASK=$TASK is not cifar10, cifar100 or imagenet" ;;
 esac
-EPOCHS=${EPOCHS:-14} NORM_EPSILON=${NORM_EPSILON:-1e-6} PRECISION=${PRECISION:-bf16} log_interval=50
+EPOCHS=${EPOCHS:-$([ "$SCALE" = smoke ] && echo 5 || echo 14)} NORM_EPSILON=${NORM_EPSILON:-1e-6} PRECISION=${PRECISION:-bf16} log_interval=50
 OPTIMIZER_ARGS=(--optimizer sgd --sgd-momentum 0.9 --lr "$LR" --weight-decay "$weight_decay" --clip-grad 0)
 RUN_DIR=${RUN_DIR:-$root/runs/$example/$NAME}
 
@@ -68,7 +68,7 @@ if [ "$SCALE" = smoke ]; then
   # The digits of scikit-learn, of 8 * 8 pixels: another data set, so with its own settings.
   DATA=${DATA:-$root/runs/$example/digits} START_FROM=${START_FROM:-none}
   layers=4 hidden=64 heads=4 side=8 patch=2 channels=1 resize=8 images=1438 classes=10 decay=cosine
-  EPOCHS=5 MIN_TOKENS=5 INCREMENT=1 ramp=7/10 GLOBAL_BATCH_SIZE=32 MICRO_BATCH_SIZE=32 log_interval=20
+  MIN_TOKENS=5 INCREMENT=1 ramp=7/10 GLOBAL_BATCH_SIZE=32 MICRO_BATCH_SIZE=32 log_interval=20
   MEAN=0.5 STD=0.5 PRECISION=fp32 SAVE_INTERVAL=${SAVE_INTERVAL:-100}
   augmentation=(--no-image-flip) MODEL_ARGS+=(--init-method-std 0.1)
   OPTIMIZER_ARGS=(--optimizer adam --lr 2e-3 --weight-decay 0.05 --lr-warmup-fraction 0.1)
