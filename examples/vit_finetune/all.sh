@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Dense and random-LTD, one after the other, and what their accuracies are.
 #
-#   SCALE=smoke bash examples/vit_finetune/all.sh              about 5 minutes on 2 cores, no GPU
+#   SCALE=smoke bash examples/vit_finetune/all.sh              a few minutes on 2 cores, no GPU
 #   DATA=... START_FROM=... bash examples/vit_finetune/all.sh  CIFAR-10 on this machine's GPUs
 #   TASK=imagenet DATA=... START_FROM=... bash examples/vit_finetune/all.sh
 #
