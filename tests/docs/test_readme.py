@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rltd import __main__, __version__, config
 from megatron_rltd.patching.versions import UNTESTED_FLAG
-from megatron_rltd.pretrain import compiled_helper
+from megatron_rltd.pretrain import compiled_helper, sgd_momentum
 from megatron_rltd.refusals import REFUSALS
 from megatron_rltd.training import arguments, patches
 from megatron_rltd.training.state import Training
@@ -46,7 +46,11 @@ def test_defaults_in_the_readme():
 def test_the_tables_of_patches_are_in_the_documentation():
     text = (ROOT / "docs" / "patches.md").read_text()
     rows = re.findall(r"^\| `([\w.]+:[\w.]+)` \| (.+) \|$", text, re.MULTILINE)
-    table = (*patches.patches_of(Training()), *compiled_helper.PATCHES)
+    table = (
+        *patches.patches_of(Training()),
+        *compiled_helper.PATCHES,
+        *sgd_momentum.PATCHES,
+    )
     assert rows == [(patch.target, patch.reason) for patch in table]
 
 

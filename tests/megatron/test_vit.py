@@ -131,6 +131,23 @@ def test_layouts_that_megatrons_vit_does_not_have_are_refused(options, flag):
         attached(model, 5)
 
 
+def test_checkpoints_are_those_of_transformer_engine():
+    from megatron_rltd.cpu.transformer_engine import local_modules
+    from megatron_rltd.vision.classifier import ViTClassifier, layer_spec
+
+    ours = build()
+    spec = local_modules(layer_spec(True))  # the same parameters and keys in plain torch
+    theirs = ViTClassifier(ours.config, spec, 5, *SIZES[17][:1] * 2, SIZES[17][1]).double()
+    metadata = {"dp_cp_group": torch.distributed.group.WORLD}
+    states = [model.sharded_state_dict(metadata=metadata) for model in (ours, theirs)]
+    keys = [{v.key for k, v in state.items() if "_extra_state" not in k} for state in states]
+    assert keys[0] == keys[1]
+    assert "decoder.layers.self_attention.linear_qkv.layer_norm_weight" in keys[0]
+    assert {"conv1.bias", "class_token", "final_layernorm.weight", "head.weight"} <= keys[0]
+    ours.fresh_head = True
+    assert not [k for k in ours.sharded_state_dict(metadata=metadata) if k.startswith("head.")]
+
+
 def test_logits_are_those_of_hugging_face():
     transformers = pytest.importorskip("transformers")
     model = build(197, num_layers=2, layernorm_epsilon=1e-12).eval()
