@@ -22,6 +22,7 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 
 from megatron_rltd.config import ConfigError, RankConfigError
 from megatron_rltd.patching import versions
+from megatron_rltd.pretrain import sgd_momentum
 from megatron_rltd.vision.arguments import add_arguments, defaults, find_problems
 from megatron_rltd.vision.classifier import ViTClassifier, choose_head, layer_spec
 from megatron_rltd.vision.datasets import ImageReader, TrainingSamples, ValidationSamples
@@ -116,8 +117,11 @@ def read_images(args: Any) -> tuple[ImageReader, ImageReader]:
     """Return readers of the training and the validation set.
 
     Raises:
+        ConfigError: The arguments do not say where they are.
         RankConfigError: There are none, or they do not fit the arguments.
     """
+    if not args.data_path or len(args.data_path) != 1:
+        raise ConfigError(["give the folder of the images: --data-path FOLDER"])
     train, validation = find_images(args.data_path[0])
     if len(train.classes) != args.num_classes:
         raise RankConfigError(
@@ -178,6 +182,8 @@ def main() -> None:
     problems = find_problems(args)
     if problems:
         raise ConfigError(problems)
+    if args.optimizer == "sgd":
+        sgd_momentum.use()
     provider = functools.partial(datasets_provider, read_images(args), args.eval_iters is None)
     provider.is_distributed = True  # type: ignore[attr-defined]  # call it on every rank
     model_type, settings = ModelType.encoder_or_decoder, defaults(args)

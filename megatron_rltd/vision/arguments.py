@@ -124,6 +124,4 @@ def find_problems(args: Any) -> list[str]:
         )
     if args.image_padding < 0:
         problems.append(f"--image-padding {args.image_padding} must not be negative")
-    if not args.data_path or len(args.data_path) != 1:
-        problems.append("give the folder of the images: --data-path FOLDER")
     return problems

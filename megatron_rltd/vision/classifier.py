@@ -48,7 +48,7 @@ class ViTClassifier(CLIPViTModel):
         pg_collection: Any = None,
         vp_stage: int | None = None,
     ):
-        """Build it with random weights, by ``config.init_method``.
+        """Build it with random weights.
 
         Args:
             config: A ``TransformerConfig``.
@@ -71,13 +71,11 @@ class ViTClassifier(CLIPViTModel):
         self.final_layernorm = torch.nn.LayerNorm(width, config.layernorm_epsilon, dtype=dtype)
         self.head = torch.nn.Linear(width, num_classes, dtype=dtype)
         if config.perform_initialization:
-            # Megatron's positions and class token have a standard deviation of 1.
-            for weight in (self.conv1, self.position_embeddings, self.head):
-                config.init_method(weight.weight)
-            config.init_method(self.class_token)
-            for bias in (self.conv1.bias, self.head.bias):
-                assert bias is not None
-                torch.nn.init.zeros_(bias)
+            # Megatron's positions and class token have a standard deviation of 1. The convolution
+            # keeps torch's weights, which suit patches of any size.
+            for weight in (self.position_embeddings.weight, self.class_token, self.head.weight):
+                config.init_method(weight)
+            torch.nn.init.zeros_(self.head.bias)
         self.fresh_head = False
         self.register_load_state_dict_pre_hook(_keep_fresh_head)
 

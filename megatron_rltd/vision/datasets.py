@@ -7,6 +7,7 @@ Shapes: c channels, h height, w width.
 """
 
 import functools
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -28,16 +29,27 @@ class ImageReader:
 
     def __init__(self, images: Images):
         self.images = images
+        self._ignores_sigterm = False
         # Shared with the data loader's processes.
         self._unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def _ignore_sigterm(self) -> None:
+        """In a data loader's process, ignore the signal by which SLURM asks a job to stop.
+
+        It goes to every process of the job. Without its workers, the run could not save.
+        """
+        if torch.utils.data.get_worker_info() is not None and not self._ignores_sigterm:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._ignores_sigterm = True
+
     def read(
         self, index: int, transform: Callable[[Image.Image], np.ndarray]
     ) -> tuple[np.ndarray, int] | None:
         """Return an image's pixels, [c, h, w] uint8, and its label; None if it is unreadable."""
+        self._ignore_sigterm()
         try:
             image, label = self.images.load(index)
             return transform(image), label

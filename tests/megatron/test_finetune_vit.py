@@ -122,8 +122,103 @@ def test_resume_equals_the_whole_run(world_size, options, images, alone, saved, 
     assert resumed.validation == pytest.approx(alone.validation[1:], rel=tolerance, abs=0)
 
 
+def test_sgd_resumes_with_its_momentum(images, tmp_path):
+    sgd = f"{LTD} --optimizer sgd --sgd-momentum 0.9 --save-interval 3"
+    whole = finetune(images, f"{sgd} --save {tmp_path / 'saved'}")
+    assert "MegatronOptimizer.__init__  with --optimizer sgd" in whole.output
+    (tmp_path / "started").mkdir()
+    resumed = finetune(images, f"{sgd} --load {start_at(tmp_path / 'started', tmp_path / 'saved')}")
+    assert resumed.losses == whole.losses[3:]
+    assert resumed.grad_norms == whole.grad_norms[3:]
+
+
 def test_a_budget_in_layer_tokens_with_its_learning_rate(images):
     ours = finetune(images, f"{LTD} --layer-token-lr", length="--train-layer-tokens 600")
     assert 600 * LAYERS <= ours.layer_tokens < 600 * LAYERS + GLOBAL_BATCH * TOKENS * LAYERS
     assert len(ours.losses) == len(ours.kept) < 600
     assert ours.learning_rates[-1] < max(ours.learning_rates)
+
+
+def test_weights_of_other_classes_get_a_fresh_head(images, saved, tmp_path, alone):
+    other = write_images(tmp_path / "other", classes=5)
+    (tmp_path / "weights").mkdir()
+    folder, once = start_at(tmp_path / "weights", saved), "--save-interval 1 --exit-interval 1"
+    kept = finetune(images, f"--finetune --load {folder} {once}")
+    assert f"the head is that of {folder}" in kept.output
+    # Its first batch is that of the run that it comes from, but with the weights of step 3.
+    assert kept.losses[0] < alone.losses[0]
+    fresh = finetune(other, f"--pretrained-checkpoint {folder} --save {tmp_path} {once}", classes=5)
+    assert f"the head is fresh: {folder} has 3 classes, this run 5" in fresh.output
+    asked = finetune(images, f"--finetune --load {folder} --fresh-head {once}")
+    assert f"the head is fresh: {folder} has 3 classes, this run 3" in asked.output
+    assert asked.losses[0] != kept.losses[0]
+    # What it saves has its own head, and is continued as any run is.
+    finetune(other, f"--load {tmp_path} {once}", classes=5)
+    with pytest.raises(RankError, match="--num-classes 3, but the run in --load .* has 5"):
+        finetune(images, f"--load {tmp_path}")
+    with pytest.raises(RankError, match=r"position_embeddings.weight of the shape \(17, 32\)"):
+        finetune(images, f"--finetune --load {folder} --img-h 10")
+
+
+def test_unreadable_images_are_named_and_stood_in_for(images, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(images, damaged)
+    for name in ("train/class1/004.png", "val/class2/002.png"):
+        file = damaged / name
+        file.write_bytes(file.read_bytes()[:40])
+    (damaged / "train/class0/000.png").write_text("not an image")
+    ours = finetune(damaged, LTD)
+    assert re.findall(r"unreadable image, (\d of \d+) so far: .*/(\w+/\w+/\w+.png)", ours.output)
+    for name in ("train/class1/004.png", "val/class2/002.png", "train/class0/000.png"):
+        assert ours.output.count(f"{damaged / name}: ") == 1, name
+    assert len(ours.losses) == STEPS
+    # The evaluation counts the nine that are left.
+    assert ours.accuracies[3] * 9 == pytest.approx(round(ours.accuracies[3] * 9), abs=1e-5)
+    other_layout = finetune(damaged, LTD, 2)
+    assert_same(other_layout, ours, 1e-5)
+
+
+REFUSED = {
+    "--pipeline-model-parallel-size 2": "--pipeline-model-parallel-size 2 with a ViT .*: use",
+    "--context-parallel-size 2": "--context-parallel-size 2 with a ViT.*: use",
+    "--tensor-model-parallel-size 2 --sequence-parallel": "--sequence-parallel with a ViT.*: omit",
+    "--patch-dim 3": "--img-h 8 and --img-w 8 must be a multiple of --patch-dim 3",
+    "--patch-dim 0": "--img-h 8, --img-w 8, --patch-dim 0: all must be positive",
+    "--seq-length 16": "--seq-length 16, but .* give 16 patches and a class token, 17 in all",
+    "--num-channels 2": "--num-channels 2 must be 1 .gray. or 3",
+    "--image-mean 0.1 0.2": "--image-mean 0.1 0.2 must be one number or one for each",
+    "--image-std 0": "--image-std 0.0 must be .* above 0",
+    "--image-resize 7": "--image-resize 7 is smaller than the crop to --img-h 8",
+    "--image-padding -1": "--image-padding -1 must not be negative",
+    "--num-experts 2": "--num-experts does not work with finetune_vit",
+    "--dataloader-type cyclic": "--dataloader-type cyclic does not work with finetune_vit",
+    "--position-embedding-type rope": "--position-embedding-type rope does not work",
+}
+
+
+def test_what_does_not_work_is_refused():
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_rltd.vision.arguments import add_arguments, find_problems
+
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    assert find_problems(parser.parse_args(MODEL.split())) == []
+    for options, said in REFUSED.items():
+        found = find_problems(parser.parse_args(f"{MODEL} {options}".split()))
+        assert len(found) == 1 and re.search(said, found[0]), (options, found)
+
+
+def test_refusals_come_before_training(images, tmp_path):
+    with pytest.raises(RankError, match="--num-classes 4, but --data-path .* has 3 classes"):
+        finetune(images, classes=4)
+    with pytest.raises(RankError, match="--patch-dim 3"):
+        finetune(images, "--patch-dim 3")
+    with pytest.raises(RankError, match="give the folder of the images: --data-path"):
+        train(f"{MODEL} {RUN} --train-iters 1", script="finetune_vit")
+    unreadable = write_images(tmp_path / "unreadable")
+    for file in unreadable.glob("val/*/*"):
+        file.write_text("")
+    with pytest.raises(RankError, match="none of 10 images can be read; the first is .*000.png"):
+        finetune(unreadable)

@@ -12,8 +12,16 @@ from tests.parallel import ROOT
 FOLDER = ROOT / "examples" / "gpt3_1.3b"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*_*b*.sh"))
 # Settings of the scripts, and what a batch system around the tests would have them take for theirs.
-_SETTINGS = re.findall(r"^#   ([A-Z_, ]+?)  ", (FOLDER / "pretrain.sh").read_text(), re.MULTILINE)
-SETTINGS = {"SCALE", "DRY_RUN", *re.findall("[A-Z_]+", " ".join(_SETTINGS))}
+LIB = ROOT / "examples" / "lib"
+
+
+def settings_of(*files: Path) -> set[str]:
+    """Return the settings that the comments at the top of shell scripts explain."""
+    found = [re.findall(r"^#   ([A-Z_, ]+?)  ", f.read_text(), re.MULTILINE) for f in files]
+    return {"SCALE", "DRY_RUN", *re.findall("[A-Z_]+", " ".join(sum(found, [])))}
+
+
+SETTINGS = settings_of(FOLDER / "pretrain.sh", LIB / "settings.sh")
 
 # A smoke test of less still: 20 iterations of 8 samples, of which 10 drop tokens.
 TINY = {

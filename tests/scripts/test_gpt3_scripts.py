@@ -19,6 +19,7 @@ from tests.commands.test_plan_command import command as plan
 from tests.parallel import ROOT
 from tests.scripts.gpt3_scripts import (
     FOLDER,
+    LIB,
     SCRIPTS,
     SETTINGS,
     TINY,
@@ -206,8 +207,8 @@ def test_shellcheck_has_nothing_to_say():
 
 def test_every_documented_setting_is_read():
     code = "".join(
-        re.sub(r"^#.*\n", "", (FOLDER / name).read_text(), flags=re.MULTILINE)
-        for name in ("pretrain.sh", "launch.sh")
+        re.sub(r"^#.*\n", "", file.read_text(), flags=re.MULTILINE)
+        for file in (FOLDER / "pretrain.sh", *LIB.glob("*.sh"))
     )
     for setting in SETTINGS:
         assert re.search(rf"\b{setting}\b", code), setting

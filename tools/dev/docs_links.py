@@ -1,7 +1,7 @@
 """A hook of MkDocs: pages that lie elsewhere and are linked into docs/ find their neighbours.
 
-README.md, CONTRIBUTING.md, CHANGELOG.md, examples/gpt3_1.3b/README.md and
-benchmarks/convergence/README.md are read in the repository too, where links differ from the site's.
+README.md, CONTRIBUTING.md, CHANGELOG.md, the README.md of examples/gpt3_1.3b, examples/vit_finetune
+and benchmarks/convergence are read in the repository too, where links differ from the site's.
 """
 
 from typing import Any

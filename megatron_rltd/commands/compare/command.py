@@ -29,6 +29,7 @@ from typing import Any
 from megatron_rltd.commands.compare import zero_shot_table
 from megatron_rltd.commands.compare.plot import plot
 from megatron_rltd.commands.compare.run_logs import (
+    ACCURACY,
     ITERATION_TIME,
     SAMPLE_FLOPS,
     SAMPLES,
@@ -68,11 +69,14 @@ COLUMNS = {
     "wall-clock saved": ("wall_clock_saved", "{:.1%}"),
     "saving realised": ("saving_realised", "{:.0%}"),
 }
+OF_CLASSIFIERS = {"val. accuracy": ("accuracy", "{:.2%}")}  # if a run logs it
 
 
 def summarise(runs: dict[str, LoggedRun], baseline: str) -> list[dict[str, Any]]:
     """Return the rows of the table at full precision; None is unknown."""
     rows = [_row(name, run, runs[baseline]) for name, run in runs.items()]
+    if any(run.points(ACCURACY) for run in runs.values()):
+        rows = [row | {"accuracy": runs[row["run"]].last(ACCURACY)} for row in rows]
     return [{key: None if value != value else value for key, value in r.items()} for r in rows]
 
 
@@ -180,8 +184,13 @@ def cells(row: dict[str, Any]) -> list[str]:
     """Return a row of the table as people read it."""
     return [
         "-" if row[key] is None else form.format(row[key]) if form else _count(row[key])
-        for key, form in COLUMNS.values()
+        for key, form in columns_of(row).values()
     ]
+
+
+def columns_of(row: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the columns of a table with such a row."""
+    return COLUMNS | (OF_CLASSIFIERS if "accuracy" in row else {})
 
 
 def _count(number: float) -> str:
@@ -190,7 +199,7 @@ def _count(number: float) -> str:
 
 def table(rows: list[dict[str, Any]], markdown: bool = False) -> str:
     """Return the table, aligned; names to the left, numbers to the right."""
-    return aligned([list(COLUMNS), *(cells(row) for row in rows)], markdown)
+    return aligned([list(columns_of(rows[0])), *(cells(row) for row in rows)], markdown)
 
 
 def named_folders(texts: list[str], least: int = 2) -> dict[str, Path]:

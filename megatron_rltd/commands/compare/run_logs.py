@@ -23,6 +23,7 @@ from megatron_rltd.training import tags
 # Megatron's tags (megatron/training/training.py:training_log, evaluate_and_print_results).
 LOSS = "lm loss"
 VALIDATION = "lm loss validation"
+ACCURACY = "accuracy validation"  # of finetune_vit
 BATCH_SIZE = "batch-size"
 ITERATION_TIME = "iteration-time"
 THROUGHPUT = "throughput"

@@ -31,6 +31,7 @@ from megatron_rltd.commands.plan import gpu_estimate, report
 from megatron_rltd.commands.plan.gpu_time import GPUS, Gpu
 from megatron_rltd.commands.plan.megatron_arguments import PlanError
 from megatron_rltd.commands.plan.planning import make_plan
+from megatron_rltd.commands.run import BUNDLED
 
 SHELL_SUFFIXES = (".sh", ".bash", ".sbatch", ".slurm")
 DRY_RUN_TIMEOUT_S = 60
@@ -40,14 +41,16 @@ def split_command(words: list[str]) -> tuple[str | None, list[str]]:
     """Return the script of a training command and the flags that come after it.
 
     Args:
-        words: Such as ``torchrun --nproc-per-node 8 -m megatron_rltd pretrain_gpt.py --lr 1``, or
-            flags alone.
+        words: Such as ``torchrun --nproc-per-node 8 -m megatron_rltd pretrain_gpt.py --lr 1``, a
+            bundled script's name with flags, or flags alone.
     """
     if not words or words[0].startswith("--"):
         return None, words
     for i, word in enumerate(words):
         if word == "megatron_rltd" and words[i - 1] == "-m":
             return words[i + 1] if words[i + 1 :] else None, words[i + 2 :]
+    if words[0] in BUNDLED:
+        return words[0], words[1:]
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if script is not None:
         return words[script], words[script + 1 :]
@@ -190,7 +193,8 @@ def main(argv: list[str] | None = None) -> int:
             # As in training: in a clone of Megatron-LM the script's folder holds its megatron.
             sys.path.insert(0, str(Path(script).resolve().parent))
         gpu = chosen_gpu(options)
-        plan = make_plan(flags, options.gpus, options.dense_tokens)
+        of_vit = script is not None and Path(script).stem == "finetune_vit"
+        plan = make_plan(flags, options.gpus, options.dense_tokens, of_vit)
         found = gpu_estimate.estimate(plan, gpu) if gpu else None
         if options.json:
             numbers = report.as_numbers(plan, options.tflops) | {"estimate": found}

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_rltd.config import ConfigError
 from megatron_rltd.patching import versions
 from megatron_rltd.refusals import refuse_command_line
+from megatron_rltd.vision import arguments as vision
 
 GPT2_VOCABULARY = 50257  # what GPT2BPETokenizer reads from GPT-2's --vocab-file
 DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}  # of Megatron-LM's pretrain_gpt.py and of ours
@@ -90,13 +91,20 @@ def prepare(flags: list[str], training: Any) -> None:
         arguments.is_te_min_version = lambda version, check_equality=True: True
 
 
-def parse(flags: list[str], gpus: int | None) -> Any:
-    """Return what Megatron's parser makes of the flags, for a world of that many GPUs."""
+def parse(flags: list[str], gpus: int | None, of_vit: bool = False) -> Any:
+    """Return what Megatron's parser makes of the flags, for a world of that many GPUs.
+
+    Args:
+        of_vit: Whether they are the flags of `finetune_vit`, which has some of its own.
+    """
     from megatron.training.arguments import parse_args
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(gpus or 1))
     sys.argv = ["pretrain_gpt.py", *flags]
-    args = parse_args()
+    args = parse_args(vision.add_arguments if of_vit else None)
+    problems = vision.find_problems(args) if of_vit else []
+    if problems:
+        raise ConfigError(problems)
     if gpus is None:
         args.world_size = (
             args.tensor_model_parallel_size
@@ -110,7 +118,7 @@ def parse(flags: list[str], gpus: int | None) -> Any:
     return args
 
 
-def validate(args: Any) -> None:
+def validate(args: Any, of_vit: bool = False) -> None:
     """Let Megatron, and then this package, check and complete the arguments."""
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.training import arguments
@@ -118,7 +126,7 @@ def validate(args: Any) -> None:
     # Megatron asks the environment for it; the run's will be what its launcher sets.
     fsdp = getattr(args, "use_torch_fsdp2", None) or getattr(args, "use_megatron_fsdp", None)
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32" if fsdp else "1"
-    arguments.validate_args(args, DEFAULTS)
+    arguments.validate_args(args, vision.defaults(args) if of_vit else DEFAULTS)
     # Its parameters differ between releases; each has the name of an argument.
     names = inspect.signature(init_num_microbatches_calculator).parameters
     init_num_microbatches_calculator(**{name: getattr(args, name, None) for name in names})

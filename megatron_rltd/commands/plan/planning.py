@@ -57,13 +57,19 @@ class Plan:
         return self.run.segments[-1].batch_size // per_pass
 
 
-def make_plan(flags: list[str], gpus: int | None = None, dense_tokens: int | None = None) -> Plan:
+def make_plan(
+    flags: list[str],
+    gpus: int | None = None,
+    dense_tokens: int | None = None,
+    of_vit: bool = False,
+) -> Plan:
     """Return the plan of a run with these flags.
 
     Args:
         flags: All that come after the script on the command line of training.
         gpus: The world size. Default: what one replica of the model takes.
         dense_tokens: Raw tokens of a dense run to compare with.
+        of_vit: Whether the script is `finetune_vit`.
 
     Raises:
         PlanError: This package or Megatron refuses the flags, or they do not say enough.
@@ -79,9 +85,9 @@ def make_plan(flags: list[str], gpus: int | None = None, dense_tokens: int | Non
         training.update_train_iters = functools.partial(
             _update_train_iters, training.update_train_iters
         )
-        args = megatron_arguments.parse(flags, gpus)
+        args = megatron_arguments.parse(flags, gpus, of_vit)
         decay = {name: getattr(args, name) for name in ("lr_decay_iters", "lr_decay_samples")}
-        megatron_arguments.validate(args)
+        megatron_arguments.validate(args, of_vit)
         notes = megatron_arguments.set_vocabulary(args)
         resolved = ours.random_ltd.resolved if ours.random_ltd else None
         scheduler = _make_scheduler(args)

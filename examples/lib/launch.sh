@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by pretrain.sh: starts the processes, one for each GPU, here or on all nodes of a SLURM
-# job, and decides what to do when they have ended.
+# Sourced last by a pretrain.sh (see settings.sh): starts the processes, one for each GPU, here or on
+# all nodes of a SLURM job, and decides what to do when they have ended.
 #
 # There is no torchrun between SLURM and Megatron, because of how a run is stopped. SLURM sends
 # SIGTERM to every process of a job step: before the time limit (--signal=TERM@600), at preemption,
@@ -98,7 +98,7 @@ fi
 
 read -ra extra_args <<<"$EXTRA_ARGS"
 COMMAND=(
-  "${PYTHON:-python3}" -m megatron_rltd "${PRETRAIN_GPT:-pretrain_gpt}"
+  "${PYTHON:-python3}" -m megatron_rltd "$program"
   "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${RANDOM_LTD_ARGS[@]}" "${PARALLEL_ARGS[@]}"
   "${DATA_ARGS[@]}" "${SAVE_ARGS[@]}" "${LOGGING_ARGS[@]}" "${extra_args[@]}"
 )
