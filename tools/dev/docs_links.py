@@ -1,6 +1,6 @@
 """A hook of MkDocs: pages that lie elsewhere and are linked into docs/ find their neighbours.
 
-README.md, CONTRIBUTING.md, CHANGELOG.md, examples/gpt3_1.3b/README.md and
+README.md, CONTRIBUTING.md, CHANGELOG.md, the README.md of examples in docs/ and
 benchmarks/convergence/README.md are read in the repository too, where links differ from the site's.
 """
 
