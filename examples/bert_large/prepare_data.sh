@@ -36,22 +36,34 @@ script=${BASH_SOURCE[0]}
 if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$(dirname "$script")/../../tools/environment.sh" ]; then
   script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\.sh\).*|\1|p' | head -n 1)
 fi
-# The smoke test's text is in sentences already.
-extras=(sentencex transformers)
-[ "${SCALE:-full}" = full ] || extras=(transformers)
+give_up() { printf 'prepare_data: %s\n' "$*" >&2; exit 1; }
+# What is wrong is said before an environment is looked for.
+SCALE=${SCALE:-full} CASED=${CASED:-0}
+[[ $SCALE =~ ^(full|smoke)$ ]] || give_up "SCALE=$SCALE is not full or smoke"
+if [ "$SCALE" = smoke ]; then
+  for name in INPUT VOCAB_FILE VOCAB_SIZE TOKENIZER; do
+    [ -z "${!name:-}" ] || give_up "$name=${!name}: SCALE=smoke makes its own; omit one of the two"
+  done
+  VOCAB_SIZE=1000
+fi
+[[ $CASED =~ ^[01]$ ]] || give_up "CASED=$CASED is not 0 or 1"
+[[ ${VOCAB_SIZE:-1} =~ ^[1-9][0-9]*$ ]] || give_up "VOCAB_SIZE=$VOCAB_SIZE is not a whole number above 0"
+given=0
+for name in VOCAB_FILE VOCAB_SIZE TOKENIZER; do [ -z "${!name:-}" ] || given=$((given + 1)); done
+[ "$given" = 1 ] || give_up "set one of VOCAB_FILE, VOCAB_SIZE and TOKENIZER, not $given of them"
+[ -z "${VOCAB_FILE:-}" ] || [ -s "$VOCAB_FILE" ] || give_up "VOCAB_FILE=$VOCAB_FILE is no file or empty"
+
+# An environment that this repository makes gets what splits sentences. The smoke test needs no such.
+extras=(transformers)
+[ -n "${PYTHON:-}" ] || [ "$SCALE" = smoke ] || extras+=(sentencex)
 # shellcheck source=tools/environment.sh
 source "$(dirname "$script")/../../tools/environment.sh"
 
-CASED=${CASED:-0}
-case ${SCALE:-full} in
-  full) ;;
-  smoke)
-    for name in INPUT VOCAB_FILE VOCAB_SIZE TOKENIZER; do
-      [ -z "${!name:-}" ] || give_up "$name=${!name}: SCALE=smoke makes its own; omit one of the two"
-    done
-    OUTPUT=${OUTPUT:-$root/runs/bert_large/smoke-data} VOCAB_SIZE=1000 INPUT=$OUTPUT/raw
-    mkdir -p "$INPUT" || give_up "OUTPUT=$OUTPUT cannot be made; choose another"
-    "$PYTHON" - "$INPUT/topics.jsonl" <<'END'
+if [ "$SCALE" = smoke ]; then
+  OUTPUT=${OUTPUT:-$root/runs/bert_large/smoke-data}
+  INPUT=$OUTPUT/raw
+  mkdir -p "$INPUT" || give_up "OUTPUT=$OUTPUT cannot be made; choose another"
+  "$PYTHON" - "$INPUT/topics.jsonl" <<'END'
 import json
 import os
 import re
@@ -69,15 +81,7 @@ if not os.path.exists(sys.argv[1]):
         file.writelines(lines)
     os.replace(sys.argv[1] + ".part", sys.argv[1])
 END
-    ;;
-  *) give_up "SCALE=$SCALE is not full or smoke" ;;
-esac
-[[ $CASED =~ ^[01]$ ]] || give_up "CASED=$CASED is not 0 or 1"
-[[ ${VOCAB_SIZE:-1} =~ ^[1-9][0-9]*$ ]] || give_up "VOCAB_SIZE=$VOCAB_SIZE is not a whole number above 0"
-given=0
-for name in VOCAB_FILE VOCAB_SIZE TOKENIZER; do [ -z "${!name:-}" ] || given=$((given + 1)); done
-[ "$given" = 1 ] || give_up "set one of VOCAB_FILE, VOCAB_SIZE and TOKENIZER, not $given of them"
-[ -z "${VOCAB_FILE:-}" ] || [ -s "$VOCAB_FILE" ] || give_up "VOCAB_FILE=$VOCAB_FILE is no file or empty"
+fi
 
 # What examples/lib/shards.sh needs.
 # shellcheck disable=SC2034
