@@ -242,9 +242,7 @@ def test_no_run_reads_the_text_twice(tmp_path, monkeypatch):
     words = ["--folder", str(tmp_path), "--tasks", "masked", "--seeds", "1", "--arms", "dense"]
     study.train_all(study.parse_args([*words, "--steps", "10"]))
     other = study.parse_args([*words, "--steps", "11", "--folder", str(tmp_path / "other")])
-    with pytest.raises(
-        study.StudyError, match="--steps 11: .* reads 44 samples of .* 40"
-    ):
+    with pytest.raises(study.StudyError, match="--steps 11: .* reads 44 samples of .* 40"):
         study.train_all(other)
 
 
