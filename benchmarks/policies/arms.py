@@ -35,7 +35,7 @@ class Size:
     init_std: float = 0.1
 
 
-# Each learning rate is the best of those tried for the dense run; see README.md.
+# Learning rates were chosen for the dense run.
 SIZES = {"causal": Size(), "masked": Size(lr=2e-3)}
 
 LATE = "after the middle"  # TokenBypass's layers: L/2+1..L-1
