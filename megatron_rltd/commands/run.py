@@ -18,8 +18,10 @@ from megatron_rltd.patching.versions import VersionError
 from megatron_rltd.refusals import refuse_command_line
 
 # Flags that Megatron knows only with our patches.
-OUR_FLAGS = ("-h", "--help", "--random-ltd", "--layer-token-lr", "--train-layer-tokens")
-OUR_FLAGS += ("--early-bird", "--no-early-bird")
+OUR_FLAGS = (
+    *("-h", "--help", "--random-ltd", "--layer-token-lr", "--train-layer-tokens"),
+    *("--early-bird", "--no-early-bird"),
+)
 _FOLDER = Path(megatron_rltd.__file__).parent / "pretrain"
 BUNDLED = {name: _FOLDER / f"{name}.py" for name in ("pretrain_gpt", "pretrain_hybrid")}
 WAIT_S = 5

@@ -121,7 +121,7 @@ def layers_of(model: Any) -> dict[int, Mapping[str, Tensor]]:
     """
     from megatron.core.models.gpt import GPTModel
 
-    found = {}
+    found: dict[int, Mapping[str, Tensor]] = {}
     for chunk in model if isinstance(model, list | tuple) else [model]:
         while hasattr(chunk, "module") and not isinstance(chunk, GPTModel):
             chunk = chunk.module
