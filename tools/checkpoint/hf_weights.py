@@ -33,11 +33,13 @@ class Shape:
     """Whether the output layer is the embedding."""
     centred_norms: bool = False
     """Whether Megatron holds the norms' weights less one."""
+    all_heads: int = 0
+    """Heads of a GPT-2 that was pruned: heads of zeros are added up to this number."""
 
 
 # How Megatron's tensor becomes Hugging Face's: (of Megatron, the names there). Both ways.
-SAME, TRANSPOSED, NORM, ROWS, GATED, QKV, FUSED_QKV = (
-    "same transposed norm rows gated qkv fused_qkv".split()
+SAME, TRANSPOSED, HEADS, NORM, ROWS, GATED, QKV, FUSED_QKV = (
+    "same transposed heads norm rows gated qkv fused_qkv".split()
 )
 Names = dict[str, tuple[str, tuple[str, ...]]]
 
@@ -46,7 +48,7 @@ _GPT2_LAYER: Names = {
     "self_attention.linear_qkv.layer_norm_bias": (SAME, ("ln_1.bias",)),
     "self_attention.linear_qkv.weight": (FUSED_QKV, ("attn.c_attn.weight",)),
     "self_attention.linear_qkv.bias": (FUSED_QKV, ("attn.c_attn.bias",)),
-    "self_attention.linear_proj.weight": (TRANSPOSED, ("attn.c_proj.weight",)),
+    "self_attention.linear_proj.weight": (HEADS, ("attn.c_proj.weight",)),
     "self_attention.linear_proj.bias": (SAME, ("attn.c_proj.bias",)),
     "mlp.linear_fc1.layer_norm_weight": (NORM, ("ln_2.weight",)),
     "mlp.linear_fc1.layer_norm_bias": (SAME, ("ln_2.bias",)),
@@ -154,18 +156,22 @@ def _exported(
     tensor = tensor.to(dtype)
     if kind == TRANSPOSED:
         return [tensor.T]
+    if kind == HEADS:
+        return [_with_all_heads(tensor.T, shape)]
     if kind == ROWS:
         return [tensor[: shape.vocabulary]]
     if kind == GATED:
         return tensor.chunk(2)
     if kind in (QKV, FUSED_QKV):
         parts = _split_qkv(tensor, shape)
-        return parts if kind == QKV else [_turned(torch.cat(parts))]
+        if kind == QKV:
+            return parts
+        return [_turned(torch.cat([_with_all_heads(part, shape) for part in parts]))]
     return [tensor]
 
 
 def _imported(kind: str, tensors: list[Tensor], shape: Shape) -> Tensor:
-    if kind == TRANSPOSED:
+    if kind in (TRANSPOSED, HEADS):
         return tensors[0].T.contiguous()
     if kind == GATED:
         return torch.cat(tensors)
@@ -174,6 +180,15 @@ def _imported(kind: str, tensors: list[Tensor], shape: Shape) -> Tensor:
     if kind in (QKV, FUSED_QKV):
         return _join_qkv(tensors, shape)
     return tensors[0]
+
+
+def _with_all_heads(rows: Tensor, shape: Shape) -> Tensor:
+    """Return rows that are ordered by head, with rows of zeros for the heads that are missing.
+
+    A head whose V and output are zero adds nothing, so that the model computes the same.
+    """
+    missing = max(shape.all_heads - shape.heads, 0) * (len(rows) // shape.heads)
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
 
 
 def _turned(tensor: Tensor) -> Tensor:
