@@ -41,6 +41,7 @@ class Search:
 
     def _forget(self) -> None:
         self.options: Options | None = None
+        self._args: Any = None  # Megatron's
         self.last: Check | None = None
         self._masks: list[Mask] = []  # of this stage's layers, the last W - 1
         self._checked: int | None = None
@@ -56,6 +57,7 @@ class Search:
             ConfigError: A flag is wrong, or combined with a feature that the search refuses.
         """
         self._forget()
+        self._args = args
         if args.early_bird and args.use_distributed_optimizer:
             args.dist_ckpt_optim_fully_reshardable = True  # no ticket is drawn from flat buffers
         result = original(args, *rest, **kwargs)
@@ -104,13 +106,10 @@ class Search:
         Raises:
             ConfigError: The checkpoint's model has other sizes.
         """
-        from megatron.training import get_args
-
-        args = get_args()
-        _refuse_other_sizes(checkpoint_args, args)
+        _refuse_other_sizes(checkpoint_args, self._args)
         result = original(checkpoint_args, *rest, **kwargs)
         if self.options is not None:
-            setattr(args, EMERGED, getattr(checkpoint_args, EMERGED, 0))
+            setattr(self._args, EMERGED, getattr(checkpoint_args, EMERGED, 0))
         return result
 
     def train_step(self, original: Callable, *call: Any, **kwargs: Any) -> Any:
@@ -284,10 +283,14 @@ def _last_masks(options: Options, args: Any) -> list[Mask]:
 
 def _refuse_other_sizes(checkpoint_args: Any, args: Any) -> None:
     names = {"num_attention_heads": "--num-attention-heads", "ffn_hidden_size": "--ffn-hidden-size"}
-    differing = [
-        f"{flag} {getattr(args, name)} (checkpoint: {getattr(checkpoint_args, name, None)})"
+    pairs = {
+        flag: (getattr(args, name, None), getattr(checkpoint_args, name, None))
         for name, flag in names.items()
-        if getattr(args, name) != getattr(checkpoint_args, name, None)
+    }
+    differing = [
+        f"{flag} {ours} (checkpoint: {theirs})"
+        for flag, (ours, theirs) in pairs.items()
+        if ours != theirs
     ]
     if not differing:
         return

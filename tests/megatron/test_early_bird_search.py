@@ -18,10 +18,10 @@ import ticket_checkpoint
 STEPS = 8
 RUN = BASE.replace("--train-iters 6", f"--train-iters {STEPS}") + " --ckpt-format torch_dist"
 MODEL = (
-    "--group-query-attention --num-query-groups 2 --swiglu --ffn-hidden-size 96 "
-    "--disable-bias-linear --normalization RMSNorm"
+    "--num-attention-heads 8 --group-query-attention --num-query-groups 4 --swiglu "
+    "--ffn-hidden-size 96 --disable-bias-linear --normalization RMSNorm"
 )
-KEEP = "--early-bird-num-attention-heads 2 --early-bird-ffn-hidden-size 32"
+KEEP = "--early-bird-num-attention-heads 4 --early-bird-ffn-hidden-size 32"
 SEARCH = f"--early-bird {KEEP} --early-bird-interval 1 --early-bird-window 3"
 NEVER, SOON = "--early-bird-threshold 0", "--early-bird-threshold 0.5"
 OTHERS = {"2:4": {"pattern": "2:4"}, "p30": {"pattern": "unstructured", "ratio": 0.3}}
@@ -116,7 +116,7 @@ def test_every_layout_finds_the_bits_of_the_checkpoint(dense, tmp_path, layout):
     command = f"{RUN} {MODEL} {SEARCH} {NEVER} {flags} --load {load} --save {save} {ends}"
     run_all(ranks, search_with_other_patterns, command.split(), str(tmp_path))
     targets = [
-        Target(num_attention_heads=2, ffn_hidden_size=32),
+        Target(num_attention_heads=4, ffn_hidden_size=32),
         *(Target(**options) for options in OTHERS.values()),
     ]
     expected = of_checkpoint(load, 2, targets)
@@ -136,7 +136,7 @@ def test_overlapped_gathers_are_waited_for(tmp_path):
     # The flag that a ticket needs is set, so that the checkpoint can be drawn from.
     from megatron_rltd.early_bird.target import Target
 
-    target = Target(num_attention_heads=2, ffn_hidden_size=32)
+    target = Target(num_attention_heads=4, ffn_hidden_size=32)
     with hf_checkpoint.alone():
         ticket_checkpoint.Dense(save / "iter_0000004").require_optimizer()
     assert of_checkpoint(save, 4, [target]) == [masks[4]]
@@ -184,7 +184,7 @@ def test_the_search_changes_nothing_and_ends_the_run(dense, tmp_path, capsys):
     # What to keep is known from the run.
     arguments = ["--load", str(save), "--save", str(tmp_path / "ticket")]
     assert draw_ticket.main(arguments) == 0
-    assert "2 of 4 heads, 32 of 96 FFN neurons" in capsys.readouterr().out
+    assert "4 of 8 heads, 32 of 96 FFN neurons" in capsys.readouterr().out
 
 
 def scalars(folder) -> dict:
@@ -222,8 +222,8 @@ def test_masks_of_another_ticket_stop_a_run_before_it_trains(dense, tmp_path):
     from megatron_rltd.early_bird.masks import Mask
     from megatron_rltd.early_bird.target import Target
 
-    target = Target(num_attention_heads=2, ffn_hidden_size=64)
-    history.write(folder, Mask(1, {"heads": 2, "ffn": 96}, {"heads": {}, "ffn": {}}), target)
+    target = Target(num_attention_heads=4, ffn_hidden_size=64)
+    history.write(folder, Mask(1, {"heads": 4, "ffn": 96}, {"heads": {}, "ffn": {}}), target)
     before = sorted(path for path in folder.rglob("*"))
     with pytest.raises(RankError, match="masks_0000001.pt was taken for another ticket"):
         train(f"{other} --load {folder} --save {folder} --save-interval 1")

@@ -82,6 +82,8 @@ RUNS = {  # name: (ranks, flags of the layout and the model, tolerance)
     "gpt2 of TP": (2, f"{TP2} --make-vocab-size-divisible-by 96", EXACT),
     "gpt2 of PP": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1 {UNTIED}", EXACT),
     "gpt2 in bf16": (1, "--bf16", EXACT),
+    # A ticket: filled up with heads of zeros.
+    "gpt2 with fewer heads": (1, "--num-attention-heads 3 --kv-channels 8", EXACT),
     "llama of TP": (2, f"{TP2} {LLAMA} {UNTIED}", ROPE),
     "llama of PP": (2, f"{PP2} {LLAMA}", ROPE),
 }
@@ -345,7 +347,10 @@ def test_families():
         ({"swiglu": True}, "--swiglu with --position-embedding-type learned_absolute"),
         ({"add_bias_linear": False}, "--disable-bias-linear with --position-embedding-type"),
         ({"group_query_attention": True}, "--group-query-attention with"),
-        ({"kv_channels": 16}, "--kv-channels 16: GPT-2's heads are"),
+        (
+            {"kv_channels": 16},
+            "--kv-channels 16 with --num-attention-heads 4: GPT-2's heads are together as wide",
+        ),
         (OF_LLAMA | {"rotary_percent": 0.5}, "--rotary-percent 0.5 with"),
         (OF_LLAMA | {"rotary_interleaved": True}, "--rotary-interleaved with"),
         (OF_LLAMA | {"use_rope_scaling": True}, "--use-rope-scaling with"),

@@ -105,10 +105,14 @@ def family_of(args: Any) -> str:
     else:
         title, given = FAMILIES[family].title, f" with --position-embedding-type {position}"
         problems += differing(args, REQUIRED[family], title, given)
-    if family == "gpt2" and args.kv_channels * args.num_attention_heads != args.hidden_size:
+    if family == "gpt2" and (
+        args.hidden_size % args.kv_channels
+        or args.kv_channels * args.num_attention_heads > args.hidden_size
+    ):
         problems.append(
-            f"--kv-channels {args.kv_channels}: GPT-2's heads are --hidden-size / "
-            "--num-attention-heads wide"
+            f"--kv-channels {args.kv_channels} with --num-attention-heads "
+            f"{args.num_attention_heads}: GPT-2's heads are together as wide as --hidden-size, and "
+            "only fewer of these can be filled up with zeros"
         )
     if problems or family is None:
         raise ConversionError("this model cannot be exported: " + "; ".join(problems))
@@ -191,6 +195,7 @@ def shape_of(args: Any, vocabulary: int) -> Shape:
         vocabulary=vocabulary,
         tied=not args.untie_embeddings_and_output_weights,
         centred_norms=args.layernorm_zero_centered_gamma,
+        all_heads=args.hidden_size // args.kv_channels,
     )
 
 
@@ -219,7 +224,7 @@ def config_of(family: str, args: Any, vocabulary: int, ends: dict[str, int | Non
             n_positions=args.max_position_embeddings,
             n_embd=args.hidden_size,
             n_layer=args.num_layers,
-            n_head=args.num_attention_heads,
+            n_head=args.hidden_size // args.kv_channels,
             n_inner=args.ffn_hidden_size,
             tie_word_embeddings=not args.untie_embeddings_and_output_weights,
             activation_function=activation_of(args),

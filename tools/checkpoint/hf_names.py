@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 # How Megatron's tensor becomes Hugging Face's: (of Megatron, the names there). Both ways.
-SAME, TRANSPOSED, NORM, ROWS, ROWS_TWICE, BATCHED, GATED, QKV, STACKED_QKV, FUSED_QKV = (
-    "same transposed norm rows rows_twice batched gated qkv stacked_qkv fused_qkv".split()
+SAME, TRANSPOSED, HEADS, NORM, ROWS, ROWS_TWICE, BATCHED, GATED, QKV, STACKED_QKV, FUSED_QKV = (
+    "same transposed heads norm rows rows_twice batched gated qkv stacked_qkv fused_qkv".split()
 )
 Names = dict[str, tuple[str, tuple[str, ...]]]
 
@@ -18,7 +18,7 @@ _GPT2_LAYER: Names = {
     "self_attention.linear_qkv.layer_norm_bias": (SAME, ("ln_1.bias",)),
     "self_attention.linear_qkv.weight": (FUSED_QKV, ("attn.c_attn.weight",)),
     "self_attention.linear_qkv.bias": (FUSED_QKV, ("attn.c_attn.bias",)),
-    "self_attention.linear_proj.weight": (TRANSPOSED, ("attn.c_proj.weight",)),
+    "self_attention.linear_proj.weight": (HEADS, ("attn.c_proj.weight",)),
     "self_attention.linear_proj.bias": (SAME, ("attn.c_proj.bias",)),
     "mlp.linear_fc1.layer_norm_weight": (NORM, ("ln_2.weight",)),
     "mlp.linear_fc1.layer_norm_bias": (SAME, ("ln_2.bias",)),

@@ -18,6 +18,7 @@ from hf_names import (
     FAMILIES,
     FUSED_QKV,
     GATED,
+    HEADS,
     NORM,
     QKV,
     ROWS,
@@ -50,6 +51,8 @@ class Shape:
     """Whether Megatron holds the norms' weights less one."""
     head: bool = True
     """Whether a ViT has its head."""
+    all_heads: int = 0
+    """Heads of a GPT-2 that was pruned: heads of zeros are added up to this number."""
 
 
 def of_model(family: str, shape: Shape) -> Names:
@@ -124,6 +127,8 @@ def _exported(
     tensor = tensor.to(dtype)
     if kind == TRANSPOSED:
         return [tensor.T]
+    if kind == HEADS:
+        return [_with_all_heads(tensor.T, shape)]
     if kind == ROWS:
         return [tensor[: shape.vocabulary]]
     if kind == ROWS_TWICE:  # not the same memory, or it would be stored once
@@ -134,12 +139,14 @@ def _exported(
         return tensor.chunk(2)
     if kind in (QKV, FUSED_QKV):
         parts = _split_qkv(tensor, shape)
-        return parts if kind == QKV else [_turned(torch.cat(parts))]
+        if kind == QKV:
+            return parts
+        return [_turned(torch.cat([_with_all_heads(part, shape) for part in parts]))]
     return [tensor]
 
 
 def _imported(kind: str, tensors: list[Tensor], shape: Shape) -> Tensor:
-    if kind == TRANSPOSED:
+    if kind in (TRANSPOSED, HEADS):
         return tensors[0].T.contiguous()
     if kind == BATCHED:
         return tensors[0][0]
@@ -152,6 +159,15 @@ def _imported(kind: str, tensors: list[Tensor], shape: Shape) -> Tensor:
     if kind in (QKV, STACKED_QKV, FUSED_QKV):
         return _join_qkv(tensors, shape)
     return tensors[0]
+
+
+def _with_all_heads(rows: Tensor, shape: Shape) -> Tensor:
+    """Return rows that are ordered by head, with rows of zeros for the heads that are missing.
+
+    A head whose V and output are zero adds nothing, so that the model computes the same.
+    """
+    missing = max(shape.all_heads - shape.heads, 0) * (len(rows) // shape.heads)
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
 
 
 def _turned(tensor: Tensor) -> Tensor:
