@@ -90,7 +90,11 @@ WRONG = [
     ("", {"use_layer_wise_distributed_optimizer": True}, "--optimizer .*adam"),
     ("", {"softmax_type": "learnable"}, "--softmax-type"),
     ("", {"attention_output_gate": True}, "--attention-output-gate"),
-    ("", {"tensor_model_parallel_size": 16}, "more than the 8 query groups.*at most"),
+    (
+        "--early-bird-num-attention-heads 16 --early-bird-ffn-hidden-size 128",
+        {"tensor_model_parallel_size": 16},
+        "more than the 8 query groups.*at most",
+    ),
     ("--early-bird-num-attention-heads 10", {}, "10 must be a multiple of 4 .*use 8 or 12"),
     ("--early-bird-num-attention-heads 18", {}, "from 1 to 16"),
     ("--early-bird-ffn-hidden-size 200", {}, "200 must be a multiple of 32 .*use 192 or 224"),
