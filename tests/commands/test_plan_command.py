@@ -208,6 +208,20 @@ def test_a_run_on_gpus_is_planned_without_one(flags):
     assert status == 0, output
 
 
+def test_bert_says_which_row_to_read(tmp_path):
+    line = BASE.replace("--tokenizer-type NullTokenizer --vocab-size 127", "")
+    file = tmp_path / "flags.txt"
+    file.write_text(f"torchrun -m megatron_rltd pretrain_bert {line} {LTD}")
+    status, text = command(f"--from {file}")
+    assert status == 0
+    assert "taken to be that of bert-large-uncased, 30,522" in text
+    assert "read the row 'FLOPs, full attention'" in text
+    status, text = command(f"--gpu h100 -- {BASE} {LTD} --bert-no-binary-head")
+    assert status == 2 and "--gpu estimates causal attention only, and BERT's is full" in text
+    status, text = command(f"-- {BASE} {LTD}")
+    assert status == 0 and "BERT" not in text
+
+
 def test_flags_are_checked_for_the_gpus_of_the_run():
     # On the CPU training would switch the fused kernel off.
     status, output = command(f"-- {BASE} {LTD} --sft")

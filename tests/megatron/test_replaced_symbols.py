@@ -35,6 +35,7 @@ def _symbols() -> dict[str, int]:
 
 def _replaced(arguments: list[str], has_gpu: bool) -> list[str]:
     """Return what `prepare` replaces in this process, and print what it prints."""
+    import megatron.core.datasets.bert_dataset  # else it is new afterwards, not replaced
     import torch
 
     from megatron_rltd.commands.run import BUNDLED, prepare
