@@ -200,3 +200,32 @@ def test_a_usable_document_is_one_of_which_megatron_makes_samples(min_sentences,
         assert usable == (len(samples) > 0), made
         found.append(usable)
     assert set(found) == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("documents", "tokenizer", "samples", "said"),
+    [
+        ([[SENTENCE] * 2], GOOD, 9, None),
+        ([[SENTENCE] * 2], GOOD, None, None),  # one pass over the documents
+        ([[SENTENCE]], GOOD, 0, None),  # none is made for --skip-train
+        ([[SENTENCE]], GOOD, 9, "data, train set: of 1 documents there is none with two"),
+        ([[SENTENCE] * 2], {**GOOD, "pad": 1}, 9, "padding token 1"),
+    ],
+)
+def test_megatrons_data_set_is_made_after_the_check(documents, tokenizer, samples, said):
+    def original(
+        self, indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config
+    ):
+        made.append((self, indexed_dataset, config))
+
+    made, data = [], dataset(documents)
+    config = SimpleNamespace(tokenizer=SimpleNamespace(**tokenizer), classification_head=True)
+    indices, split = np.arange(len(documents)), SimpleNamespace(name="train")
+    call = ("self", data, "data", indices, samples, split)
+    if said is None:
+        bert_data.check_before(original, *call, config=config)
+        assert made == [("self", data, config)]
+    else:
+        with pytest.raises(ConfigError, match=said):
+            bert_data.check_before(original, *call, config=config)
+        assert made == []

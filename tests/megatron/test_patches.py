@@ -213,6 +213,8 @@ def test_every_wrapper_calls_the_original():
         replacement = patch.wrapper(original)
         if patch.target.endswith("add_megatron_arguments"):
             continue  # its result is a parser, tested with the flags
+        if patch.target.endswith("BERTMaskedWordPieceDataset.__init__"):
+            continue  # it looks at a data set: tests/megatron/test_bert.py
         if patch.target.endswith("fused_apply_rotary_pos_emb"):
             import torch
 

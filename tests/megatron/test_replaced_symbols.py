@@ -1,5 +1,6 @@
 """The table printed at start-up is what was replaced in the process, no more and no less."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -35,12 +36,12 @@ def _symbols() -> dict[str, int]:
 
 def _replaced(arguments: list[str], has_gpu: bool) -> list[str]:
     """Return what `prepare` replaces in this process, and print what it prints."""
-    import megatron.core.datasets.bert_dataset  # else it is new afterwards, not replaced
     import torch
 
     from megatron_rltd.commands.run import BUNDLED, prepare
 
     with mock.patch.object(torch.cuda, "is_available", lambda: has_gpu):
+        importlib.import_module("megatron.core.datasets.bert_dataset")  # else it is new afterwards
         before = _symbols()
         prepare(Path(BUNDLED["pretrain_gpt"]), arguments)
         after = _symbols()
