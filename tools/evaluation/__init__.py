@@ -1,0 +1,1 @@
+"""Tools that evaluate exported models."""
