@@ -1,1 +1,1 @@
-"""Scores of trained models."""
+"""Tools that evaluate exported models."""

@@ -21,8 +21,8 @@ def score(metric: str, predicted: Sequence[float], labels: Sequence[float]) -> f
     """
     import numpy as np
 
-    ours: Any = np.asarray(predicted, float)
-    theirs: Any = np.asarray(labels, float)
+    ours: np.ndarray = np.asarray(predicted, float)
+    theirs: np.ndarray = np.asarray(labels, float)
     if metric == "accuracy":
         return 100 * float((ours == theirs).mean())
     if metric == "f1":
