@@ -163,8 +163,9 @@ def options_of(args: Any) -> Options:
     names = ("pattern", "num_attention_heads", "ffn_hidden_size", "ratio")
     target = Target(**{name: _value(args, name) for name in names})
     shape = ModelShape.of(args)
-    # More ranks than groups are refused already.
-    ranks = min(args.tensor_model_parallel_size, shape.num_query_groups)
+    ranks = args.tensor_model_parallel_size
+    if ranks > shape.num_query_groups:
+        ranks = 1  # one problem is enough
     wrong = target.problems(shape, ranks, PREFIX)
     problems += wrong
     if not wrong and target.pattern == STRUCTURED and target.kept(shape) == shape:
