@@ -78,6 +78,20 @@ def test_it_logs_accuracy_and_evaluates_the_whole_set(alone):
     assert alone.validation[-1] == alone.validation[-2]
 
 
+def test_images_of_weight_0_do_not_count():
+    import torch
+
+    from megatron_rltd.pretrain.finetune_vit import loss_func
+
+    logits = torch.tensor([[3.0, 1.0], [2.0, 0.0], [0.0, 1.0], [5.0, 4.0]])
+    labels, weights = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 0, 1, 1])
+    loss, images, reported = loss_func(labels, weights, logits)
+    counted = torch.nn.functional.cross_entropy(logits[[0, 2, 3]], labels[[0, 2, 3]])
+    assert images == 3 and loss / images == pytest.approx(float(counted))
+    assert reported["accuracy"].tolist() == [1, 3]
+    assert reported["lm loss"].tolist() == pytest.approx([float(loss), 3])
+
+
 LAYOUTS = {
     "TP": (2, "--tensor-model-parallel-size 2"),
     "DP, distributed optimizer": (

@@ -217,6 +217,9 @@ def test_samples_are_a_function_of_seed_and_place(tmp_path):
 
     assert sorted(brightest(0)) == sorted(brightest(1)) == sorted(brightest(2))
     assert brightest(0) != brightest(1) != brightest(2)
+    # All images are of one size and colour, so this is how they were cropped.
+    cropped = [(s["image"] > 0).flatten().tolist() for s in wanted]
+    assert cropped[:16] != cropped[16:32]
     other = samples(ImageReader(train), 64, seed=6)
     assert [other[i]["label"] for i in range(16)] != [wanted[i]["label"] for i in range(16)]
 
