@@ -171,7 +171,7 @@ def test_weights_of_other_classes_get_a_fresh_head(images, saved, tmp_path, alon
     with pytest.raises(RankError, match="--num-classes 3, but the run in --load .* has 5"):
         finetune(images, f"--load {tmp_path}")
     with pytest.raises(RankError, match=r"position_embeddings.weight of the shape \(17, 32\)"):
-        finetune(images, f"--finetune --load {folder} --img-h 10")
+        finetune(images, f"--finetune --load {folder} --img-h 10 --image-resize 10")
 
 
 def test_unreadable_images_are_named_and_stood_in_for(images, tmp_path):
