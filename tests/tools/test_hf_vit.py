@@ -296,3 +296,5 @@ def test_a_damaged_folder_is_refused(tmp_path, capsys):
     line = said_by_import(tmp_path / "hf", tmp_path, capsys)
     assert "there is no tensor vit.layernorm.bias" in line
     assert "no place for vit.embeddings.mask_token" in line
+    (tmp_path / "hf" / "config.json").write_text("{")
+    assert f"--input {tmp_path / 'hf'}: " in said_by_import(tmp_path / "hf", tmp_path, capsys)

@@ -140,7 +140,7 @@ def timm_config(folder: Path, stored: dict[str, Callable[[], Tensor]]) -> Any:
     from transformers import ViTConfig
 
     given = json.loads((folder / "config.json").read_text())
-    name = given["architecture"]
+    name, options = given["architecture"], given.get("model_args") or {}
     found = [text for tensor, text in TIMM_OTHERS.items() if tensor in stored]
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     lacking = [tensor for tensor in (*needed, "blocks.0.attn.qkv.bias") if tensor not in stored]
@@ -153,13 +153,13 @@ def timm_config(folder: Path, stored: dict[str, Callable[[], Tensor]]) -> Any:
             "token is imported"
         )
     size = re.search("|".join(sorted(TIMM_HEADS, key=len, reverse=True)), name)
-    heads = given.get("model_args", {}).get("num_heads") or (size and TIMM_HEADS[size[0]])
+    heads = options.get("num_heads") or (size and TIMM_HEADS[size[0]])
     if not heads:
         raise ConversionError(
             f"--input {folder}: how many heads {name} has is not known; write it into config.json "
             'as "model_args": {"num_heads": N}'
         )
-    image = given.get("model_args", {}).get("img_size") or given.get("pretrained_cfg", {}).get(
+    image = options.get("img_size") or given.get("pretrained_cfg", {}).get(
         "input_size", [3, 224, 224]
     )
     patches = stored["patch_embed.proj.weight"]()

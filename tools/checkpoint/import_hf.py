@@ -179,10 +179,10 @@ def read_config(folder: Path) -> Any:
     from hf_weights import ConversionError
     from transformers import AutoConfig
 
-    given = json.loads((folder / "config.json").read_text())
-    if "architecture" in given and "model_type" not in given:
-        return None
     try:
+        given = json.loads((folder / "config.json").read_text())
+        if "architecture" in given and "model_type" not in given:
+            return None
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError) as problem:
         reason = " ".join(str(problem).split()).split(". ")[0]
