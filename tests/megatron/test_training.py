@@ -175,6 +175,7 @@ def second_half(whole: Training) -> Training:
         weight_decays=whole.weight_decays[3:],
         arguments=whole.arguments,
         layer_tokens=whole.layer_tokens,
+        accuracies=[],
         output="",
     )
 
