@@ -29,7 +29,6 @@ script=${BASH_SOURCE[0]}
   script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\.sh\).*|\1|p')
 here=$(cd "$(dirname "$script")" && pwd)
 give_up() { printf 'prepare_data: %s\n' "$*" >&2; exit 2; }
-sets=(train valid test)
 
 # What is wrong is said before an environment is looked for.
 RECORDS=${RECORDS:-lines}
@@ -39,8 +38,7 @@ case ${SCALE:-full} in
     for name in MODEL TRAIN VALID TEST; do
       [ -z "${!name:-}" ] || give_up "$name=${!name}: SCALE=smoke makes its own; omit one of the two"
     done
-    raw=$OUTPUT/raw
-    MODEL=$raw/model TRAIN=$raw/train.txt VALID=$raw/valid.txt TEST=$raw/test.txt
+    what=(--smoke)
     ;;
   full)
     [ -n "${OUTPUT:-}" ] || give_up "OUTPUT is not set; set it to the folder for the prepared data"
@@ -54,57 +52,17 @@ case ${SCALE:-full} in
       [ -f "${!name}" ] || give_up "$name=${!name} is no file"
       [ -s "${!name}" ] || give_up "$name=${!name} is empty"
     done
+    what=(--model "$MODEL" --train "$TRAIN" --valid "$VALID" --test "$TEST")
     ;;
   *) give_up "SCALE=$SCALE is not full or smoke" ;;
 esac
 [[ $RECORDS =~ ^(lines|file)$ ]] || give_up "RECORDS=$RECORDS is not lines or file"
 mkdir -p "$OUTPUT" || give_up "OUTPUT=$OUTPUT cannot be made; choose another"
-OUTPUT=$(cd "$OUTPUT" && pwd)
 
 # shellcheck source=tools/environment.sh
 extras=(transformers) && source "$here/../../tools/environment.sh"
-say() { printf 'prepare_data: %s\n' "$*"; }
-give_up() { say "$@" >&2; exit 2; }
 # Two runs that are started at once prepare the same only once.
 exec {lock}>"$OUTPUT/.lock"
 flock "$lock" 2>/dev/null || true
-
-if [ "${SCALE:-full}" = smoke ] && [ ! -s "$MODEL/config.json" ]; then
-  say "text, tokenizer and a random GPT-2 for SCALE=smoke"
-  "$PYTHON" "$here/corpus.py" smoke "$raw"
-fi
-MODEL=$(cd "$MODEL" && pwd)
-settings=$(
-  echo "records=$RECORDS model=$MODEL"
-  sha256sum "$MODEL/config.json" "$TRAIN" "$VALID" "$TEST"
-)
-if [ -f "$OUTPUT/settings" ] && [ "$(cat "$OUTPUT/settings")" != "$settings" ]; then
-  give_up "OUTPUT=$OUTPUT was made from other files or settings; choose another or remove it"
-fi
-if [ -f "$OUTPUT/settings" ]; then
-  say "OUTPUT=$OUTPUT is complete; finetune with DATA=$OUTPUT"
-  exit
-fi
-
-for name in "${sets[@]}"; do
-  file=${name^^}
-  "$PYTHON" "$here/corpus.py" records "$RECORDS" "${!file}" "$OUTPUT/$name.jsonl"
-done
-for name in train valid; do
-  say "tokenizing $name"
-  "$PYTHON" "$root/tools/preprocess_data.py" --input "$OUTPUT/$name.jsonl" --one-sequence \
-    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$MODEL" \
-    --workers "${WORKERS:-${SLURM_CPUS_PER_TASK:-$(nproc)}}" --log-interval 100000 \
-    --output-prefix "$OUTPUT/$name" >"$OUTPUT/$name.log" 2>&1 ||
-    give_up "$name was not tokenized: $(grep ' error: ' "$OUTPUT/$name.log" || tail -n 3 "$OUTPUT/$name.log")"
-done
-say "weights for Megatron"
-rm -rf "$OUTPUT/checkpoint"
-"$PYTHON" "$root/tools/checkpoint/import_hf.py" --input "$MODEL" --output "$OUTPUT/checkpoint" \
-  >"$OUTPUT/import.log" 2>&1 || give_up "$(tail -n 1 "$OUTPUT/import.log")"
-# The line with the flags, without --load FOLDER --finetune: a run loads its own checkpoints.
-sed -n 's/^  --load/--load/p' "$OUTPUT/import.log" | xargs -n 1 printf '%s\n' | tail -n +4 \
-  >"$OUTPUT/model_flags"
-[ -s "$OUTPUT/model_flags" ] || give_up "import_hf.py printed no flags; see $OUTPUT/import.log"
-printf '%s\n' "$settings" >"$OUTPUT/settings"
-say "finetune with DATA=$OUTPUT"
+exec "$PYTHON" "$here/prepare.py" "${what[@]}" --records "$RECORDS" --output "$OUTPUT" \
+  --workers "${WORKERS:-${SLURM_CPUS_PER_TASK:-$(nproc)}}"

@@ -96,7 +96,7 @@ def bash(name, *arguments, folder=FOLDER, cwd=ROOT, **settings):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     return result.returncode, result.stdout, result.stderr
 

@@ -263,7 +263,7 @@ def test_preparation_checks_its_files_first(tmp_path, missing, message):
 
 
 def test_records_are_those_of_the_published_preparation(tmp_path):
-    corpus = module("corpus")
+    corpus = module("prepare")
     text = tmp_path / "ptb.txt"
     text.write_bytes(b" no it was n't \n\n  black <unk> \x0b\r\nend")
     out = tmp_path / "out.jsonl"
@@ -358,7 +358,7 @@ def test_from_text_to_table(tmp_path):
     assert (again.stdout.splitlines(), again.stderr) == (output.splitlines()[-4:], "")
     status, output, said = run("prepare_data", SCALE="smoke", OUTPUT=data, RECORDS="file")
     assert status == 2
-    assert "was made from other files or settings; choose another or remove it" in said
+    assert "was made from other files or settings; choose another, or remove it" in said
 
 
 def test_scripts_differ_in_their_settings_alone():
