@@ -26,6 +26,7 @@ from tests.tools.vit_models import (
 )
 
 import export_hf  # isort: skip  from tools, which tests.parallel puts on the path
+import hf_checkpoint
 import hf_names
 import hf_vit
 import import_hf
@@ -134,6 +135,10 @@ def test_another_number_of_classes_leaves_the_head_out(tmp_path, capsys):
     )
     assert "the head is left out: finetune_vit makes one of 7 classes, by --seed" in printed
     assert flags[flags.index("--num-classes") + 1] == "7"
+    with hf_checkpoint.alone():
+        names = hf_checkpoint.tensor_shapes(hf_checkpoint.find(load, None))
+    assert "final_layernorm.weight" in names
+    assert "head.weight" not in names
     of_megatron(flags, tmp_path, load, save=tmp_path / "run")
     before = load_file(tmp_path / "hf" / "model.safetensors")
     after = load_file(export(tmp_path / "run", tmp_path / "back") / "model.safetensors")
