@@ -53,8 +53,8 @@ def test_usage():
         ("--chekc", "the first argument must be a script or a command, not --chekc"),
         (
             "plna -- --num-layers 2",
-            "there is no script plna; bundled: pretrain_gpt, pretrain_hybrid; commands: check, "
-            "plan, compare, convert-deepspeed",
+            "there is no script plna; bundled: pretrain_gpt, pretrain_bert, pretrain_hybrid, "
+            "finetune_vit; commands: check, plan, compare, convert-deepspeed",
         ),
     ],
 )

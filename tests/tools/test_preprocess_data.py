@@ -343,7 +343,9 @@ def test_truncation_in_a_tokenizer_json_is_ignored(bpe, tmp_path):
     tokenizer.enable_padding(length=50)
     tokenizer.save(str(tmp_path / "t.json"))
     record = corpus.Record("a", None, b"def f(x): return x")
-    (encoded,) = tokenization.encode_records(str(tmp_path / "t.json"), ["text"], None, [record])
+    (encoded,) = tokenization.encode_records(
+        str(tmp_path / "t.json"), ["text"], None, None, [record]
+    )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     assert encoded.ids[0].tolist() == tokenizer.encode("def f(x): return x").ids
@@ -832,7 +834,7 @@ def test_help_imports_nothing_heavy():
     modules, text = imported(TOOLS / "preprocess_data.py", "--help")
     assert {"argparse", "text_data"} <= modules
     assert not modules & {"numpy", "torch", "megatron", "tokenizers", "transformers", "tqdm"}
-    assert "--tokenizer-type {byte,bpe,HuggingFaceTokenizer}" in text
+    assert "--tokenizer-type {byte,bpe,wordpiece,HuggingFaceTokenizer}" in text
 
 
 def test_workers_import_neither_torch_nor_transformers(bpe):
@@ -841,7 +843,7 @@ def test_workers_import_neither_torch_nor_transformers(bpe):
         f"import sys; sys.path.insert(0, {str(TOOLS)!r})\n"
         "from text_data import tokenization, corpus\n"
         "record = corpus.Record('a', None, b'one two')\n"
-        f"print(tokenization.encode_records({file!r}, ['text'], 0, [record]))"
+        f"print(tokenization.encode_records({file!r}, ['text'], 0, None, [record]))"
     )
     modules, text = imported("-c", code)
     assert "Encoded(ids=[array(" in text
