@@ -36,8 +36,8 @@ BYPASS = (
     "--random-ltd-preflight --random-ltd-constant --random-ltd-policy token-bypass "
     "--train-layer-tokens 1048576000000 --layer-token-lr"
 )
-# {script: (flags, iterations, peak learning rate)}. The published scripts of random-LTD, which round
-# LayerTokens down, take 2.719, 1.822 and 1.359 million iterations.
+# {script: (flags, iterations, peak learning rate)}. The published scripts of random-LTD round
+# LayerTokens down, and so take 2.719, 1.822 and 1.359 million iterations.
 GOLDEN = {
     "dense_1049b": (DENSE.format("1e-4", 2_048_000_000), 2_000_000, 1e-4),
     "dense_703b": (DENSE.format("1.5e-4", 1_372_160_000), 1_340_000, 1.5e-4),
