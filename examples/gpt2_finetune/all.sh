@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole experiment on this machine: dense and random-LTD with several seeds, then the table.
 #
-#   SCALE=smoke bash examples/gpt2_finetune/all.sh            in small, on a CPU: two minutes
+#   SCALE=smoke bash examples/gpt2_finetune/all.sh            in small, on a CPU: three minutes on two cores
 #   DATA=data/ptb bash examples/gpt2_finetune/all.sh          with what prepare_data.sh has made
 #
 #   SEEDS        ("1234 1235 1236 1237 1238"; with SCALE=smoke "1234 1235")
@@ -12,6 +12,7 @@
 # job arrays instead and call evaluate.py when they have ended (README.md).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+home=$(cd "$here/../.." && pwd)
 say() { printf 'all: %s\n' "$*"; }
 give_up() { printf 'all: %s\n' "$*" >&2; exit 2; }
 [ $# -eq 0 ] || give_up "there are no options ($1): settings are variables"
@@ -19,11 +20,11 @@ give_up() { printf 'all: %s\n' "$*" >&2; exit 2; }
 export SCALE=${SCALE:-full}
 case $SCALE in
   smoke)
-    RUNS=${RUNS:-$here/../../runs/gpt2_finetune/smoke} SEEDS=${SEEDS:-1234 1235}
-    export DATA=${DATA:-$here/../../runs/gpt2_finetune/smoke-data}
+    RUNS=${RUNS:-$home/runs/gpt2_finetune/smoke} SEEDS=${SEEDS:-1234 1235}
+    export DATA=${DATA:-$home/runs/gpt2_finetune/smoke-data}
     ;;
   full)
-    RUNS=${RUNS:-$here/../../runs/gpt2_finetune} SEEDS=${SEEDS:-1234 1235 1236 1237 1238}
+    RUNS=${RUNS:-$home/runs/gpt2_finetune} SEEDS=${SEEDS:-1234 1235 1236 1237 1238}
     [ -n "${DATA:-}" ] || give_up "DATA is not set: prepare_data.sh makes it; or use SCALE=smoke"
     ;;
   *) give_up "SCALE=$SCALE is not full or smoke" ;;
@@ -36,7 +37,7 @@ for name in RUN_DIR SEED METHOD DRY_RUN; do
   [ -z "${!name:-}" ] || give_up "$name=${!name} is for one run; use the scripts dense.sh and ltd.sh"
 done
 # shellcheck source=tools/environment.sh
-PYTHON=$(extras=(transformers) && source "$here/../../tools/environment.sh" && printf '%s' "$PYTHON") ||
+PYTHON=$(extras=(transformers) && source "$home/tools/environment.sh" && printf '%s' "$PYTHON") ||
   exit 2
 export PYTHON
 [ "$SCALE" = full ] || OUTPUT=$DATA bash "$here/prepare_data.sh"
