@@ -7,7 +7,6 @@ import struct
 
 import pytest
 
-from megatron_rltd.config import RandomLTDConfig
 from tests.commands.test_plan_command import command as plan
 from tests.parallel import ROOT
 from tests.scripts.gpt3_scripts import LIB, bash, flags_of, last_iteration, settings_of, starts
@@ -73,8 +72,6 @@ def test_dry_run_prints_the_recipe(name):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_megatron_takes_the_flags_for_the_experiment(name):
-    if name.startswith("bypass") and not hasattr(RandomLTDConfig, "policy"):
-        pytest.skip("there is no --random-ltd-policy")
     line = f"--gpus 64 --json --from {FOLDER / name}.sh -- --vocab-size 30522"
     status, output = plan(line)
     assert status == 0, output
