@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rltd.config import ConfigError
+from megatron_rltd.early_bird import zeros
 from megatron_rltd.early_bird.masks import PATTERNS, STRUCTURED
 from megatron_rltd.early_bird.refusals import find_refused_in_run
 from megatron_rltd.early_bird.rule import PRESETS, Rule
@@ -134,6 +135,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "exit",
         "Save and exit when the ticket has emerged (default), or save and go on.",
         action=argparse.BooleanOptionalAction,
+    )
+    group.add_argument(
+        zeros.FLAG,
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="Weights of the layers that are zero in the loaded checkpoint stay zero, such as "
+        "those that draw_ticket.py --pattern pruned. Also without --early-bird. Saves no time.",
     )
     return parser
 

@@ -1,9 +1,10 @@
-"""The parts of a dense model's tensors that a ticket keeps.
+"""The parts of a dense model's tensors that a ticket keeps, or sets to zero.
 
 The optimizer's moments and main parameters have the names and shapes of the parameters they belong
 to. So one function serves all of them.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -13,9 +14,11 @@ from megatron_rltd.early_bird.masks import Mask
 from megatron_rltd.early_bird.units import (
     FFN,
     HEADS,
+    MATRICES,
     ModelShape,
     groups_of_proj,
     groups_of_qkv,
+    matrix_shapes,
     neurons_of_fc1,
 )
 
@@ -25,6 +28,7 @@ QKV = f"{_ATTENTION}linear_qkv."
 PROJ = f"{_ATTENTION}linear_proj."
 FC1 = f"{_MLP}linear_fc1."
 FC2 = f"{_MLP}linear_fc2."
+MODULES = dict(zip(MATRICES, (QKV, PROJ, FC1, FC2), strict=True))
 _NORMS = (
     *(f"{QKV}layer_norm_", f"{FC1}layer_norm_"),
     *(f"{LAYERS}{norm}." for norm in ("input_layernorm", "pre_mlp_layernorm")),
@@ -35,6 +39,7 @@ WHOLE = tuple(f"{n}{kind}" for n in _NORMS for kind in ("weight", "bias"))
 WHOLE += (f"{PROJ}bias", f"{FC2}bias")
 SLICED = tuple(f"{name}{kind}" for name in (QKV, FC1) for kind in ("weight", "bias"))
 SLICED += (f"{PROJ}weight", f"{FC2}weight")
+PRUNED = tuple(f"{module}weight" for module in MODULES.values())
 
 
 def name_in_layer(name: str) -> str | None:
@@ -78,16 +83,25 @@ def sliced(name: str, tensor: Tensor, kept: Mapping[str, Tensor], shape: ModelSh
     return tensor[:, kept[FFN]]
 
 
+def zeroed(name: str, tensor: Tensor, mask: Tensor, shape: ModelShape) -> Tensor:
+    """Return one layer's matrix with its pruned weights at zero; a copy.
+
+    Args:
+        name: Of `name_in_layer`: the weight of one of `units.MATRICES`.
+        tensor: Of one layer, whole, without the dimension of layers.
+        mask: Of all weights of the layer, see `masks.flat_weights`.
+        shape: Of the model.
+    """
+    shapes = matrix_shapes(shape, tensor.shape[0 if name.startswith((PROJ, FC2)) else 1])
+    sizes = [math.prod(shapes[matrix]) for matrix in MATRICES]
+    own = MATRICES.index(next(m for m, module in MODULES.items() if name.startswith(module)))
+    return tensor.masked_fill(mask.split(sizes)[own].view(tensor.shape), 0)
+
+
 def expected_shape(name: str, shape: ModelShape, hidden_size: int) -> tuple[int, ...] | None:
     """Return the shape of one layer's tensor in a model; None if pruning does not touch it."""
-    heads = shape.num_attention_heads * shape.kv_channels
-    rows = heads + 2 * shape.num_query_groups * shape.kv_channels
-    neurons = shape.ffn_hidden_size
-    return {
-        f"{QKV}weight": (rows, hidden_size),
-        f"{QKV}bias": (rows,),
-        f"{PROJ}weight": (hidden_size, heads),
-        f"{FC1}weight": ((2 if shape.gated else 1) * neurons, hidden_size),
-        f"{FC1}bias": ((2 if shape.gated else 1) * neurons,),
-        f"{FC2}weight": (hidden_size, neurons),
-    }.get(name)
+    shapes = matrix_shapes(shape, hidden_size)
+    known: dict[str, tuple[int, ...]] = {f"{MODULES[m]}weight": shapes[m] for m in MATRICES}
+    # The biases of qkv and fc1 are pruned as their rows are.
+    known |= {f"{module}bias": known[f"{module}weight"][:1] for module in (QKV, FC1)}
+    return known.get(name)

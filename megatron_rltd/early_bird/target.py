@@ -16,7 +16,9 @@ from megatron_rltd.early_bird.units import (
     WEIGHTS,
     ModelShape,
     importance,
+    matrix_shapes,
     random_importance,
+    random_weights,
 )
 
 NORM, RANDOM = "norm", "random"
@@ -133,10 +135,7 @@ class Target:
             both = {HEADS: self.num_attention_heads, FFN: self.ffn_hidden_size}
             counts = {HEADS: shape.num_query_groups, FFN: shape.ffn_hidden_size}
             return {kind: counts[kind] for kind, kept in both.items() if kept is not None}
-        rows = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
-        rows += shape.num_attention_heads * shape.kv_channels
-        rows += (3 if shape.gated else 2) * shape.ffn_hidden_size
-        return {WEIGHTS: rows * hidden_size}
+        return {WEIGHTS: sum(a * b for a, b in matrix_shapes(shape, hidden_size).values())}
 
     def num_pruned(self, shape: ModelShape) -> dict[str, int]:
         """Return {kind: units of a layer to prune} of a structured target."""
@@ -186,10 +185,12 @@ class Target:
         return {WEIGHTS: masks.pack(masks.flat_weights(whole))}
 
     def random_mask_of_layer(
-        self, layer_number: int, shape: ModelShape, seed: int
+        self, layer_number: int, shape: ModelShape, seed: int, hidden_size: int
     ) -> dict[str, Tensor]:
-        """Return a random mask of as many units, the control; structured only."""
-        return self.least(random_importance(layer_number, shape, seed), shape)
+        """Return a random mask of as many units or weights, the control, as `mask_of_layer`."""
+        if self.pattern == STRUCTURED:
+            return self.least(random_importance(layer_number, shape, seed), shape)
+        return self.mask_of_layer(random_weights(layer_number, shape, seed, hidden_size), shape)
 
     def least(self, of_units: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
         """Return the packed mask of a layer's least important units, {kind: bits}."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_rltd.config import ConfigError
-from megatron_rltd.early_bird import history
+from megatron_rltd.early_bird import history, zeros
 from megatron_rltd.early_bird.arguments import (
     EMERGED,
     FLAG,
@@ -61,6 +61,8 @@ class Search:
         if args.early_bird and args.use_distributed_optimizer:
             args.dist_ckpt_optim_fully_reshardable = True  # no ticket is drawn from flat buffers
         result = original(args, *rest, **kwargs)
+        if getattr(args, zeros.NAME):
+            zeros.check_arguments(args)
         if not args.early_bird:
             refuse_without_flag(args)
             return result
@@ -75,16 +77,20 @@ class Search:
         """Continue the search of a checkpoint, or end at once if it has its ticket.
 
         Raises:
-            ConfigError: The masks beside the checkpoint are for another ticket, or damaged.
+            ConfigError: The masks beside the checkpoint are for another ticket, or damaged; or
+                there is no zero to keep.
             ModelError: The model is not a GPTModel.
             SystemExit: The ticket emerged before.
         """
         result = original(*args, **kwargs)
-        if self.options is None:
-            return result
         from megatron.training import get_args, print_rank_0
 
         megatrons = get_args()
+        if getattr(megatrons, zeros.NAME) and not megatrons.skip_train:
+            share = zeros.keep(result[0], result[1])
+            print_rank_0(f"early-bird: {share:.2%} of the layers' weights are zero and stay zero")
+        if self.options is None:
+            return result
         layers = layers_of(result[0])
         emerged = getattr(megatrons, EMERGED)
         if emerged and self.options.exit and not megatrons.skip_train:
@@ -104,9 +110,10 @@ class Search:
         """Take over whether the ticket has emerged.
 
         Raises:
-            ConfigError: The checkpoint's model has other sizes.
+            ConfigError: The checkpoint's model has other sizes, or zeros that would be lost.
         """
         _refuse_other_sizes(checkpoint_args, self._args)
+        zeros.require_choice(checkpoint_args, self._args)
         result = original(checkpoint_args, *rest, **kwargs)
         if self.options is not None:
             setattr(self._args, EMERGED, getattr(checkpoint_args, EMERGED, 0))

@@ -62,6 +62,24 @@ class ModelShape:
         return self.num_attention_heads // self.num_query_groups
 
 
+def matrix_shapes(shape: ModelShape, hidden_size: int) -> dict[str, tuple[int, int]]:
+    """Return the shapes of a layer's whole `MATRICES`.
+
+    Args:
+        shape: Of the model.
+        hidden_size: Of the model.
+    """
+    heads = shape.num_attention_heads * shape.kv_channels
+    rows = heads + 2 * shape.num_query_groups * shape.kv_channels
+    neurons = shape.ffn_hidden_size
+    return {
+        "linear_qkv": (rows, hidden_size),
+        "linear_proj": (hidden_size, heads),
+        "linear_fc1": ((2 if shape.gated else 1) * neurons, hidden_size),
+        "linear_fc2": (hidden_size, neurons),
+    }
+
+
 def groups_of_qkv(tensor: Tensor, shape: ModelShape) -> Tensor:
     """Return linear_qkv's weight or bias as [groups, (heads per group + 2) * head size, ...]."""
     rows = (shape.heads_per_group + 2) * shape.kv_channels
@@ -104,20 +122,30 @@ def importance(weights: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Te
     }
 
 
-def random_importance(
-    layer_number: int, shape: ModelShape, seed: int, device: torch.device | None = None
-) -> dict[str, Tensor]:
-    """Return random numbers in place of `importance`: the control of every ticket.
+def random_importance(layer_number: int, shape: ModelShape, seed: int) -> dict[str, Tensor]:
+    """Return random numbers in place of `importance`, on the CPU: the control of every ticket.
 
     Args:
         layer_number: Megatron's, from 1. Layers get different numbers.
         shape: Of the whole model.
         seed: The same seed gives the same numbers on any machine.
-        device: Where the result lies.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer_number)
+    generator = _generator(layer_number, seed)
     units = {HEADS: shape.num_query_groups, FFN: shape.ffn_hidden_size}
     return {
-        kind: torch.rand(count, generator=generator, dtype=torch.float64).to(device)
+        kind: torch.rand(count, generator=generator, dtype=torch.float64)
         for kind, count in units.items()
     }
+
+
+def random_weights(
+    layer_number: int, shape: ModelShape, seed: int, hidden_size: int
+) -> dict[str, Tensor]:
+    """Return random numbers in place of a layer's `MATRICES`, float32: the same for weights."""
+    generator = _generator(layer_number, seed)
+    shapes = matrix_shapes(shape, hidden_size)
+    return {name: torch.rand(shapes[name], generator=generator) for name in MATRICES}
+
+
+def _generator(layer_number: int, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + layer_number)

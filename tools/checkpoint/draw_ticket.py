@@ -10,6 +10,9 @@ any parallel layout, with or without random-LTD, with the flags that this tool p
 checkpoint may come from any layout, too. Nothing of RUN is changed. If RUN searched for a ticket
 (--early-bird), what to keep is known from it.
 
+--pattern unstructured (with --ratio) and 2:4 set single weights to zero instead. The model keeps
+its size, and trains on with --early-bird-keep-zeros. Nothing gets faster.
+
     python tools/checkpoint/draw_ticket.py --load RUN --history [PICTURE.png] ...
 
 shows how far apart the masks of a run were: those that a search wrote, or else those of its
@@ -30,6 +33,7 @@ SIGNALS = ("norm", "random")
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the options."""
+    from megatron_rltd.early_bird.masks import PATTERNS
     from megatron_rltd.early_bird.rule import PRESETS
 
     parser = argparse.ArgumentParser(
@@ -41,6 +45,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--save", type=Path, metavar="FOLDER", help="a new folder for the ticket")
     add("--num-attention-heads", type=int, metavar="N", help="query heads to keep in a layer")
     add("--ffn-hidden-size", type=int, metavar="N", help="FFN neurons to keep in a layer")
+    text = (
+        "structured: a smaller model, the default. unstructured, 2:4: weights that are set to zero"
+    )
+    add("--pattern", choices=PATTERNS, help=text)
+    add("--ratio", type=float, metavar="P", help="share of weights to prune, if unstructured")
     text = "norm: the largest weights. random: a control, of the same size"
     add("--signal", choices=SIGNALS, default="norm", help=text)
     add("--seed", type=int, help="of --signal random (1)")
@@ -114,11 +123,43 @@ def _draw(options: argparse.Namespace) -> None:
     with hf_checkpoint.new_folder(options.save) as scratch:
         mask = chosen.mask(target, seed)
         held.write_ticket(scratch, target, mask, options.signal, options.reset_optimizer)
-    print(_said(options, chosen, held, target))
+    print(_said(options, chosen, held, target, mask))
 
 
-def _said(options: argparse.Namespace, chosen, held, target) -> str:
+def _said(options: argparse.Namespace, chosen, held, target, mask) -> str:
     """Return what was drawn, and the commands to continue with."""
+    from megatron_rltd.early_bird.masks import STRUCTURED
+
+    save = shlex.quote(str(options.save))
+    again = ["python", "tools/checkpoint/draw_ticket.py", "--load", str(options.load)]
+    again += ["--iteration", str(chosen.iteration)]
+    if options.weights_iteration is not None:
+        again += ["--weights-iteration", str(options.weights_iteration)]
+    for name, value in target.as_dict().items():
+        if value is not None:
+            again += [f"--{name.replace('_', '-')}", str(value)]
+    again += ["--signal", "random", "--seed", "1", "--save", f"{options.save}-random"]
+    is_smaller = target.pattern == STRUCTURED
+    what, flags = _smaller(chosen, target) if is_smaller else _sparse(chosen, target, mask)
+    lines = [
+        f"{options.save}: {what}",
+        f"chosen by {options.signal} at iteration {chosen.iteration}; the run continues after "
+        f"iteration {held.iteration}",
+        "continue with the flags of the run, without --early-bird, and at their end:",
+        f"  {flags} --load {save} --save {save}",
+        "controls, without which nobody knows whether the choice mattered:",
+        f"  random ticket: {shlex.join(again)}",
+    ]
+    if is_smaller:
+        lines.append(
+            "  small model from scratch: the flags of the run, without --load, and at their end: "
+            f"{flags} --save {shlex.quote(f'{options.save}-scratch')}"
+        )
+    return "\n".join(lines)
+
+
+def _smaller(chosen, target) -> tuple[str, str]:
+    """Return what a structured ticket keeps, and the flags of its sizes."""
     from ticket_checkpoint import block_parameters
 
     dense, kept = chosen.shape, target.kept(chosen.shape)
@@ -130,29 +171,23 @@ def _said(options: argparse.Namespace, chosen, held, target) -> str:
         flags += f" --group-query-attention --num-query-groups {kept.num_query_groups}"
     hidden = chosen.args.hidden_size
     share = block_parameters(kept, hidden) / block_parameters(dense, hidden)
-    save = shlex.quote(str(options.save))
-    again = ["python", "tools/checkpoint/draw_ticket.py", "--load", str(options.load)]
-    again += ["--iteration", str(chosen.iteration)]
-    if options.weights_iteration is not None:
-        again += ["--weights-iteration", str(options.weights_iteration)]
-    again += ["--num-attention-heads", str(kept.num_attention_heads)]
-    again += ["--ffn-hidden-size", str(kept.ffn_hidden_size), "--signal", "random", "--seed", "1"]
-    again += ["--save", f"{options.save}-random"]
-    return "\n".join(
-        [
-            f"{options.save}: {kept.num_attention_heads} of {dense.num_attention_heads} heads, "
-            f"{kept.ffn_hidden_size} of {dense.ffn_hidden_size} FFN neurons in each of "
-            f"{dense.num_layers} layers; {share:.1%} of the layers' parameters",
-            f"chosen by {options.signal} at iteration {chosen.iteration}; the run continues after "
-            f"iteration {held.iteration}",
-            "continue with the flags of the run, without --early-bird, and at their end:",
-            f"  {flags} --load {save} --save {save}",
-            "controls, without which nobody knows whether the choice mattered:",
-            f"  random ticket: {shlex.join(again)}",
-            f"  small model from scratch: the flags of the run, without --load, and at their end: "
-            f"{flags} --save {shlex.quote(f'{options.save}-scratch')}",
-        ]
-    )
+    return (
+        f"{kept.num_attention_heads} of {dense.num_attention_heads} heads, "
+        f"{kept.ffn_hidden_size} of {dense.ffn_hidden_size} FFN neurons in each of "
+        f"{dense.num_layers} layers; {share:.1%} of the layers' parameters"
+    ), flags
+
+
+def _sparse(chosen, target, mask) -> tuple[str, str]:
+    """Return the same of a ticket of single weights."""
+    from megatron_rltd.early_bird.units import WEIGHTS
+    from megatron_rltd.early_bird.zeros import FLAG
+
+    share = mask.count(WEIGHTS) / mask.size(WEIGHTS)
+    return (
+        f"{share:.2%} of the weights of {chosen.shape.num_layers} layers are zero "
+        f"({target.pattern}); that saves no time, no memory and no FLOPs"
+    ), FLAG
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from megatron_rltd.early_bird import slices
 from megatron_rltd.early_bird.masks import STRUCTURED, Mask
 from megatron_rltd.early_bird.refusals import find_refused
 from megatron_rltd.early_bird.target import Target
-from megatron_rltd.early_bird.units import MATRICES, ModelShape
+from megatron_rltd.early_bird.units import MATRICES, WEIGHTS, ModelShape
 
 _OPTIMIZER = "optimizer."
 _STATE = "optimizer.state."
+_MOMENTS = (f"{_STATE}exp_avg", f"{_STATE}momentum")
 _FLAT = "optimizer.distributed."
 _COMMON = "common_state"  # Megatron 0.19 stores the common state as an object, too
 
@@ -63,7 +64,7 @@ class Dense:
                     f"{self.folder} holds {name} of the shape {shape}, but its arguments say "
                     f"{(self.shape.num_layers, *expected)}"
                 )
-        for name in (f"{module}weight" for module in _MODULES.values()):
+        for name in (f"{module}weight" for module in slices.MODULES.values()):
             if name not in self._tensors:
                 raise ConversionError(f"{self.folder} holds no {name}: it is not of a GPTModel")
 
@@ -129,13 +130,15 @@ class Dense:
         pruned: dict[str, dict[int, Tensor]] = {kind: {} for kind in units}
         weights = {}
         if seed is None:
-            weights = {name: self.read(f"{_MODULES[name]}weight") for name in MATRICES}
+            weights = {name: self.read(f"{slices.MODULES[name]}weight") for name in MATRICES}
         for layer in range(self.shape.num_layers):
             if seed is None:
                 own = {name: tensor[layer] for name, tensor in weights.items()}
                 bits = target.mask_of_layer(own, self.shape)
             else:
-                bits = target.random_mask_of_layer(layer + 1, self.shape, seed)
+                bits = target.random_mask_of_layer(
+                    layer + 1, self.shape, seed, self.args.hidden_size
+                )
             for kind, packed in bits.items():
                 pruned[kind][layer + 1] = packed
         return Mask(self.iteration, units, pruned)
@@ -218,17 +221,22 @@ class Dense:
         kept = [slices.kept_units(mask, self.shape, layer + 1) for layer in layers]
         for name in self._tensors:
             tensor = self.read(name)
-            if reset_optimizer and name.startswith((f"{_STATE}exp_avg", f"{_STATE}momentum")):
+            if reset_optimizer and name.startswith(_MOMENTS):
                 tensor.zero_()
             own = slices.name_in_layer(name)
             if own is None:
                 yield name, None, tensor
                 continue
+            is_zeroed = own in slices.PRUNED and not name.startswith(_MOMENTS)
             for layer in layers:
-                yield name, layer, slices.sliced(own, tensor[layer], kept[layer], self.shape)
-
-
-_MODULES = dict(zip(MATRICES, (slices.QKV, slices.PROJ, slices.FC1, slices.FC2), strict=True))
+                if WEIGHTS not in mask.pruned:
+                    part = slices.sliced(own, tensor[layer], kept[layer], self.shape)
+                elif is_zeroed:
+                    bits = mask.of_layer(WEIGHTS, layer + 1)
+                    part = slices.zeroed(own, tensor[layer], bits, self.shape)
+                else:
+                    part = tensor[layer].clone()
+                yield name, layer, part
 
 
 def _contents(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -266,16 +274,11 @@ def target_of(options: Any, dense: Dense) -> Target:
     Raises:
         ConversionError: Nobody says it, or it does not fit the model.
     """
-    names = ("num_attention_heads", "ffn_hidden_size")
+    names = ("pattern", "num_attention_heads", "ffn_hidden_size", "ratio")
     given = {name: getattr(options, name) for name in names}
     if all(value is None for value in given.values()):
         given = {name: getattr(dense.args, f"early_bird_{name}", None) for name in names}
-        pattern = getattr(dense.args, "early_bird_pattern", STRUCTURED)
-        if pattern != STRUCTURED:
-            raise ConversionError(
-                f"the run searched with --early-bird-pattern {pattern}, which makes no smaller "
-                "model: give --num-attention-heads or --ffn-hidden-size"
-            )
+    given["pattern"] = given["pattern"] or STRUCTURED
     target = Target(**given)
     problems = target.problems(dense.shape, 1, "--")
     if problems:
