@@ -56,6 +56,8 @@ RELIED_ON: tuple[Patch, ...] = (
     _relied_on("megatron.core.transformer.moe.router:TopKRouter._apply_aux_loss"),
     _relied_on("megatron.core.transformer.moe.router:TopKRouter._apply_seq_aux_loss"),
     _relied_on("megatron.core.transformer.moe.router:TopKRouter._apply_global_aux_loss"),
+    _relied_on("megatron.core.optimizer.optimizer:MixedPrecisionOptimizer.step_with_ready_grads"),
+    _relied_on("megatron.core.optimizer.optimizer:FP32Optimizer.step_with_ready_grads"),
     _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.step"),
     _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.state_dict"),
     _relied_on("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.load_state_dict"),
