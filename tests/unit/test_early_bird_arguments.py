@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_rltd.config import ConfigError
-from megatron_rltd.early_bird import history, masks
+from megatron_rltd.early_bird import history, masks, zeros
 from megatron_rltd.early_bird.arguments import (
     Options,
     add_arguments,
@@ -228,3 +228,39 @@ def test_counts_are_added_over_stages():
     found = check(mask_of(20, 0, 1), [mask_of(10, 0, 2)], Rule(2, 0.3), stages)
     assert found.distances["ffn"] == [0.3]
     assert found.emerged
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"load": None}, "keeps the zeros of the checkpoint that it loads: give --load"),
+        ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer .*omit it"),
+        ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload .*omit it"),
+        ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph .*omit it"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp .*--use-distributed-optimizer"),
+        ({"num_experts": 8}, "--num-experts .* dense GPTModel"),
+        ({"optimizer": "muon"}, "--optimizer .*adam"),
+    ],
+)
+def test_what_zeros_are_not_kept_with(model, message):
+    zeros.check_arguments(parsed("--early-bird-keep-zeros", load="ticket"))
+    with pytest.raises(ConfigError) as error:
+        zeros.check_arguments(parsed("--early-bird-keep-zeros", **{"load": "ticket", **model}))
+    assert len(error.value.problems) == 1
+    assert re.search(f"^--early-bird-keep-zeros: .*{message}", error.value.problems[0])
+
+
+def test_zeros_are_lost_only_if_the_user_says_so():
+    sparse = SimpleNamespace(early_bird_ticket={"pattern": "2:4"})
+    continued = SimpleNamespace(early_bird_keep_zeros=True)
+    dense = SimpleNamespace(
+        early_bird_ticket={"pattern": "structured"}, early_bird_keep_zeros=False
+    )
+    for checkpoint in (sparse, continued):
+        with pytest.raises(ConfigError, match="add --early-bird-keep-zeros .*--no-early-bird-keep"):
+            zeros.require_choice(checkpoint, parsed(""))
+        zeros.require_choice(checkpoint, parsed("--early-bird-keep-zeros"))
+        zeros.require_choice(checkpoint, parsed("--no-early-bird-keep-zeros"))
+        zeros.require_choice(checkpoint, parsed("", skip_train=True))  # nothing is trained
+    for checkpoint in (dense, SimpleNamespace()):
+        zeros.require_choice(checkpoint, parsed(""))
