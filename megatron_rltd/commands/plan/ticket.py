@@ -1,7 +1,7 @@
 """What a run costs that searches for an Early-Bird ticket and goes on with it (docs/early_bird.md).
 
-The model trains whole until the ticket is drawn, and then the ticket trains until the run ends. Both
-parts follow one schedule of kept tokens, batch sizes and learning rate.
+The model trains whole until the ticket is drawn; then the ticket trains until the run ends. Both
+follow one schedule of kept tokens, batch sizes and learning rate.
 """
 
 import bisect
@@ -153,8 +153,8 @@ def _split(steps: list[Segment], iteration: int) -> tuple[list[Segment], list[Se
         if n:
             before.append(dataclasses.replace(segment, steps=n))
         if n < segment.steps:
-            rest = {"start": segment.after(n), "steps": segment.steps - n}
-            after.append(dataclasses.replace(segment, **rest))
+            start, left = segment.after(n), segment.steps - n
+            after.append(dataclasses.replace(segment, start=start, steps=left))
     return before, after
 
 
