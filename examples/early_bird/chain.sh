@@ -19,33 +19,39 @@
 #   RUN_DIR            dense/, ticket/ and the controls' folders (runs/early_bird/300b; with LTD=1
 #                      300b_ltd). The ticket and its random controls share dense/: start one, and the
 #                      others when its search has ended
-#   TOKENS             300000000000; with SCALE=smoke 1200000000000, of which it makes 58 iterations
+#   TOKENS             300000000000; with SCALE=smoke 1000000000000, of which it makes 47 iterations
 #   LTD                1: random-LTD, as in examples/gpt3_1.3b/ltd_300b.sh
 #   TICKET_HEADS       heads that the ticket keeps (12 of 16; SCALE=smoke: 3 of 4)
 #   TICKET_FFN         FFN neurons that it keeps (4864 of 8192; SCALE=smoke: 464 of 768)
 #   SIGNAL             norm, or random: the control of the choice
 #   TICKET_SEED        of SIGNAL=random (1)
-#   INTERVAL           iterations between checks (1% of those that TOKENS are without dropping)
+#   INTERVAL           iterations between checks (1% of those that TOKENS are without dropping;
+#                      SCALE=smoke: 5%)
 #   UNTIL              the first check from this iteration on ends the search in any case (20% of them)
 #   SEARCH_ARGS        more flags of the search: SEARCH_ARGS="--early-bird-preset early-transformers"
 #   DRAW_MINUTES       in SLURM: with less time left, the ticket is drawn after a requeue (30)
 #   ARM                ticket, or scratch: the control of the search, a model of the ticket's size
-#                      without one. Its TOKENS are those that compute as much as ticket and search
-#                      (README.md)
+#                      without one. Its TOKENS are as many as make it compute what search and ticket
+#                      do if the ticket is drawn at UNTIL
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ARM=${ARM:-ticket} SIGNAL=${SIGNAL:-norm} LTD=${LTD:-0} TICKET_SEED=${TICKET_SEED:-1}
 DRAW_MINUTES=${DRAW_MINUTES:-30} SEARCH_ARGS=${SEARCH_ARGS:-}
 LR=${LR:-2e-4}
-METHOD=dense
-[ "$LTD" = 0 ] || METHOD=ltd
-run=300b
-[ "$LTD" = 0 ] || run=300b_ltd
+METHOD=dense run=300b
+[ "$LTD" = 0 ] || METHOD=ltd run=300b_ltd
+case ${SCALE:-full}-$METHOD in # TOKENS of the ticket's run, and of ARM=scratch
+  smoke-dense) tokens=1000000000000 enough=1027604480000 ;;
+  smoke-*) tokens=1000000000000 enough=1034158080000 ;;
+  *-dense) tokens=300000000000 enough=328350040064 ;;
+  *) tokens=300000000000 enough=307155244373 ;;
+esac
+[ "$ARM" = ticket ] || tokens=$enough
+TOKENS=${TOKENS:-$tokens}
 if [ "${SCALE:-full}" = smoke ]; then
-  TICKET_HEADS=${TICKET_HEADS:-3} TICKET_FFN=${TICKET_FFN:-464} TOKENS=${TOKENS:-1200000000000}
-  run=$run-smoke
+  TICKET_HEADS=${TICKET_HEADS:-3} TICKET_FFN=${TICKET_FFN:-464} run=$run-smoke
 else
-  TICKET_HEADS=${TICKET_HEADS:-12} TICKET_FFN=${TICKET_FFN:-4864} TOKENS=${TOKENS:-300000000000}
+  TICKET_HEADS=${TICKET_HEADS:-12} TICKET_FFN=${TICKET_FFN:-4864}
 fi
 folder=$(realpath -m "${RUN_DIR:-$here/../../runs/early_bird/$run}")
 dense=$folder/dense ticket=$folder/ticket
@@ -63,15 +69,15 @@ fi
 # pretrain.sh calls this when it knows the model.
 # shellcheck disable=SC2034,SC2154
 more_flags() {
-  local iterations more
+  local iterations more checks=100
   switches LTD
   whole_numbers TICKET_HEADS TICKET_FFN TICKET_SEED INTERVAL UNTIL DRAW_MINUTES
   [[ $ARM =~ ^(ticket|scratch)$ ]] || give_up "ARM=$ARM is not ticket or scratch"
   [[ $SIGNAL =~ ^(norm|random)$ ]] || give_up "SIGNAL=$SIGNAL is not norm or random"
-  whole_heads=$heads
   if [ "$phase" = search ]; then
     iterations=$(($(samples_of "$TOKENS") / GLOBAL_BATCH_SIZE))
-    INTERVAL=${INTERVAL:-$((iterations > 100 ? iterations / 100 : 1))}
+    [ "$SCALE" = full ] || checks=20
+    INTERVAL=${INTERVAL:-$((iterations > checks ? iterations / checks : 1))}
     UNTIL=${UNTIL:-$((iterations > 5 ? iterations / 5 : 1))}
     read -ra more <<<"$SEARCH_ARGS"
     TRAINING_ARGS+=(

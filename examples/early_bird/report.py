@@ -57,8 +57,8 @@ def _has_emerged(checkpoints: Path, heads: int, ffn: int) -> int:
     searched = args.early_bird_num_attention_heads, args.early_bird_ffn_hidden_size
     if searched != (heads, ffn):
         print(
-            f"report: {checkpoints} searched for {searched[0]} heads and {searched[1]} FFN neurons, "
-            f"not for TICKET_HEADS={heads} and TICKET_FFN={ffn}: set these, or another RUN_DIR",
+            f"report: {checkpoints} has searched for {searched[0]} heads and {searched[1]} FFN "
+            f"neurons, not for TICKET_HEADS={heads} and TICKET_FFN={ffn}: set these, or another RUN_DIR",
             file=sys.stderr,
         )
         return WRONG

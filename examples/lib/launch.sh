@@ -161,6 +161,7 @@ end() { # STATUS MESSAGE...
 }
 
 # Begin the script anew in this process, as it was called: what is on the disk now decides what it does.
+# shellcheck disable=SC2317  # called by when_ended
 start_again() {
   local environment
   mapfile -d '' environment <"/proc/$$/environ" # before any setting got its default
@@ -229,18 +230,19 @@ train_here() {
 }
 
 # Run a command once, where and as the processes run. It keeps the lock until it ends.
+# shellcheck disable=SC2317
 once() { # COMMAND...
-  local process
+  local process=
   if [ -n "$in_slurm" ]; then
     # SLURM's warning before the time limit is not for it.
     "${SRUN[@]}" --nodes=1 --ntasks=1 "${launcher[@]}" bash -c 'trap "" TERM; exec "$@"' once "$@"
     return
   fi
+  trap 'asked_to_end=1; kill -TERM -- "$process" "-$process" 2>/dev/null || true' TERM INT HUP
   setsid "${launcher[@]}" "$@" </dev/null &
   process=$!
-  # shellcheck disable=SC2064
-  trap "asked_to_end=1; kill -TERM -- -$process 2>/dev/null || true" TERM INT HUP
   while kill -0 "$process" 2>/dev/null; do wait "$process" || true; done
+  trap 'asked_to_end=1' TERM INT HUP
   wait "$process"
 }
 
