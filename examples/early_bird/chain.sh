@@ -14,7 +14,8 @@
 # not at all.
 #
 # Everything else is examples/gpt3_1.3b: data, model, recipe and settings (the top of its pretrain.sh,
-# and of examples/lib/settings.sh). Different or new are
+# and of examples/lib/settings.sh). If EXTRA_ARGS has another --hidden-size, add --kv-channels, which a
+# ticket keeps. Different or new are
 #
 #   RUN_DIR            dense/, ticket/ and the controls' folders (runs/early_bird/300b; with LTD=1
 #                      300b_ltd). The ticket and its random controls share dense/: start one, and the

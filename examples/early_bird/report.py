@@ -58,7 +58,8 @@ def _has_emerged(checkpoints: Path, heads: int, ffn: int) -> int:
     if searched != (heads, ffn):
         print(
             f"report: {checkpoints} has searched for {searched[0]} heads and {searched[1]} FFN "
-            f"neurons, not for TICKET_HEADS={heads} and TICKET_FFN={ffn}: set these, or another RUN_DIR",
+            f"neurons, not for TICKET_HEADS={heads} and TICKET_FFN={ffn}: set these, or another "
+            "RUN_DIR",
             file=sys.stderr,
         )
         return WRONG
