@@ -75,6 +75,7 @@ more_flags() {
   whole_numbers TICKET_HEADS TICKET_FFN TICKET_SEED INTERVAL UNTIL DRAW_MINUTES
   [[ $ARM =~ ^(ticket|scratch)$ ]] || give_up "ARM=$ARM is not ticket or scratch"
   [[ $SIGNAL =~ ^(norm|random)$ ]] || give_up "SIGNAL=$SIGNAL is not norm or random"
+  files+=("$dense") # so that containers see the folder of all phases
   if [ "$phase" = search ]; then
     iterations=$(($(samples_of "$TOKENS") / GLOBAL_BATCH_SIZE))
     [ "$SCALE" = full ] || checks=20
