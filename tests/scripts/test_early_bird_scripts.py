@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ case " $* " in
   *"/draw_ticket.py "*)
     echo "draws ${*:2}"
     scratch=$(dirname "$folder")/.checkpoints-scratch
-    mkdir "$scratch"
+    mkdir "$scratch" || exit 9
     if [ "$STUB" = slow-draw ]; then exec sleep 600; fi
     [ "$STUB" != no-draw ] || exit 2
     echo 4 >"$scratch/latest_checkpointed_iteration.txt"
@@ -79,6 +80,7 @@ echo " [now] iteration $at/  6 | lm loss: 1.0E+00 |"
 echo "$at" >"$folder/latest_checkpointed_iteration.txt"
 [ "$at" = 4 ] && [ "$STUB" != never-emerges ] || exit 0
 case " $* " in *" --early-bird "*) touch "$folder/emerged" ;; esac
+if [ "$STUB" = stopped ]; then kill -TERM "$(ps -o ppid= "$PPID" | tr -d ' ')"; sleep 2; fi
 """
 
 
@@ -293,6 +295,16 @@ def test_a_draw_that_fails_or_is_stopped_is_made_again(tmp_path):
     assert not list((folder / "ticket").glob(".checkpoints-*"))
 
 
+def test_a_search_that_is_stopped_as_it_ends_draws_nothing(tmp_path):
+    assert stubbed(tmp_path)[0] == 130
+    status, output, said = stubbed(tmp_path, STUB="stopped")
+    assert status == 130, output + said
+    assert "draws" not in output
+    assert "stopped as requested, checkpoint of iteration 4 of 6" in output.splitlines()[-1]
+    status, output, said = stubbed(tmp_path)
+    assert status == 0 and "draws --load" in output, output + said
+
+
 def drawing(folder) -> list[int]:
     """Return the stand-ins for the draw that are alive."""
     found = []
@@ -396,6 +408,13 @@ def test_a_chain_that_is_killed_and_stopped_comes_to_its_end(tmp_path):
     assert "early-bird: " not in output
     first, second = starts(folder / "ticket")
     assert [*first, *second] == list(range(6, 18))
+
+    script = str(FOLDER / "report.py")
+    asked = [sys.executable, script, "emerged", str(folder / "dense" / "checkpoints"), "--heads"]
+    asked += ["3", "--ffn", "128"]
+    result = subprocess.run(asked, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 2
+    assert "has searched for 2 heads and 128 FFN neurons, not for TICKET_HEADS=3" in result.stderr
 
 
 def saved_in(run) -> int:
