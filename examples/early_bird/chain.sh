@@ -130,9 +130,9 @@ when_ended() {
       say "the ticket is drawn; now it trains"
       start_again
       ;;
-    ticket)
+    ticket | scratch)
       [ "$reached" -ge "${last:-$((reached + 1))}" ] || return 0
-      once "${python[@]}" "$here/report.py" table "$dense" "$ticket" || true
+      once "${python[@]}" "$here/report.py" table "$folder" || true
       ;;
   esac
 }

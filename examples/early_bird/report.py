@@ -1,11 +1,12 @@
 """What the checkpoints of examples/early_bird say: whether the ticket has emerged, and the table.
 
     python report.py emerged RUN/dense/checkpoints --heads 12 --ffn 4864
-    python report.py table RUN/dense RUN/ticket
+    python report.py table RUN
 
 `emerged` ends with status 0 if the latest checkpoint's search has its ticket, with 3 if it has not,
 and with 2 if nobody can say, or if it searched for a ticket of other sizes. `table` compares the
-dense model at the draw with the ticket at the end. The runs are folders of the scripts.
+dense model at the draw with the tickets, and with the small model from scratch, as far as they are
+there. RUN is the scripts' RUN_DIR.
 """
 
 import argparse
@@ -30,8 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     emerged.add_argument("--heads", type=int, required=True)
     emerged.add_argument("--ffn", type=int, required=True)
     table = commands.add_parser("table")
-    table.add_argument("dense", type=Path)
-    table.add_argument("ticket", type=Path)
+    table.add_argument("run", type=Path)
     options = parser.parse_args(argv)
 
     import hf_checkpoint
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         with hf_checkpoint.alone():
             if options.command == "emerged":
                 return _has_emerged(options.checkpoints, options.heads, options.ffn)
-            print(_table(options.dense, options.ticket))
+            print(_table(options.run))
     except (ConversionError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return WRONG
@@ -66,13 +66,18 @@ def _has_emerged(checkpoints: Path, heads: int, ffn: int) -> int:
     return EMERGED if args.early_bird_emerged else NOT_YET
 
 
-def _table(dense: Path, ticket: Path) -> str:
+def _table(run: Path) -> str:
+    import hf_checkpoint
+
     from megatron_rltd.commands.text_table import aligned
 
     heading = ["", "iterations", "parameters", "FLOPs so far", "train loss", "validation loss"]
+    names = ["dense", *sorted((path.name for path in run.glob("ticket*")), key=len), "scratch"]
+    there = [
+        name for name in names if (run / name / "checkpoints" / hf_checkpoint.TRACKER).is_file()
+    ]
     lines = [
-        [name, *_row(run)]
-        for name, run in (("dense, at the draw", dense), ("ticket, at the end", ticket))
+        ["dense, at the draw" if name == "dense" else name, *_row(run / name)] for name in there
     ]
     return aligned([heading, *lines])
 
