@@ -30,6 +30,7 @@ LONGEST = (
     "tools/test_hf_checkpoints.py",
     "megatron/test_hybrid_training.py",
     "scripts/test_gpt3_scripts.py",
+    "scripts/test_early_bird_scripts.py",
     "benchmarks/test_convergence_study.py",
     "scripts/test_quickstart.py",
     "gpu/test_fake_gpu.py",

@@ -71,9 +71,11 @@ case $SCALE in
     MIN_TOKENS=$(((MIN_TOKENS * seq / 2048 + 15) / 16 * 16))
     ;;
 esac
+samples_of() { printf '%s' $((($1 + seq - 1) / seq)); }
+# Of an example that builds on this one, such as examples/early_bird.
+if declare -F more_flags >/dev/null; then more_flags; fi
 ((heads % TP == 0)) || problem "TP=$TP does not divide the $heads attention heads: change TP"
 ((layers % PP == 0)) || problem "PP=$PP does not divide the $layers layers: change PP"
-samples_of() { printf '%s' $((($1 + seq - 1) / seq)); }
 
 MODEL_ARGS+=(
   --num-layers "$layers" --hidden-size "$hidden" --num-attention-heads "$heads"

@@ -149,6 +149,7 @@ if command -v flock >/dev/null; then
   status=0 && flock -n 9 || status=$?
   [ "$status" -ne 1 ] || give_up "another run writes to RUN_DIR=$RUN_DIR: wait for it or set another"
 fi
+exec {stdout}>&1 {stderr}>&2 # for start_again
 # A log of all the times that a run is started. Signals must not end it before the processes.
 exec > >(trap '' TERM INT HUP && exec tee -a "$RUN_DIR/log.txt" 9>&-) 2>&1
 tee=$!
@@ -157,6 +158,16 @@ end() { # STATUS MESSAGE...
   exec >&- 2>&-
   wait "$tee" || true # for the log's last line
   exit "$1"
+}
+
+# Begin the script anew in this process, as it was called: what is on the disk now decides what it does.
+# shellcheck disable=SC2317  # called by when_ended
+start_again() {
+  local environment
+  mapfile -d '' environment <"/proc/$$/environ" # before any setting got its default
+  exec >&"$stdout" 2>&"$stderr" {stdout}>&- {stderr}>&- 9>&-
+  wait "$tee" || true
+  exec env -i "${environment[@]}" "$BASH" "$0"
 }
 
 saved_iteration() {
@@ -218,6 +229,23 @@ train_here() {
   return $status
 }
 
+# Run a command once, where and as the processes run. It keeps the lock until it ends.
+# shellcheck disable=SC2317
+once() { # COMMAND...
+  local process=
+  if [ -n "$in_slurm" ]; then
+    # SLURM's warning before the time limit is not for it.
+    "${SRUN[@]}" --nodes=1 --ntasks=1 "${launcher[@]}" bash -c 'trap "" TERM; exec "$@"' once "$@"
+    return
+  fi
+  trap 'asked_to_end=1; kill -TERM -- "$process" "-$process" 2>/dev/null || true' TERM INT HUP
+  setsid "${launcher[@]}" "$@" </dev/null &
+  process=$!
+  while kill -0 "$process" 2>/dev/null; do wait "$process" || true; done
+  trap 'asked_to_end=1' TERM INT HUP
+  wait "$process"
+}
+
 MASTER_PORT=${MASTER_PORT:-$((16384 + (${SLURM_JOB_ID:-$$} % 1600) * 10))}
 while (: <"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 export MASTER_PORT
@@ -235,6 +263,8 @@ last=$(last_iteration $((reached == began)))
   end 130 "stopped before it could save; the same command continues from iteration $reached"
 [ "$status" -eq 0 ] ||
   end 1 "training failed (status $status), see above; not requeued. The same command continues from iteration $reached"
+# Of an example of several runs, such as examples/early_bird: what comes after this one.
+if declare -F when_ended >/dev/null; then when_ended; fi
 [ "$reached" -lt "${last:-$((reached + 1))}" ] || end 0 "finished: iteration $reached of $last"
 [ "$reached" -gt "$began" ] ||
   end 1 "nothing was trained and saved since iteration $began; not requeued, or it would never end"

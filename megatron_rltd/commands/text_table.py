@@ -17,3 +17,10 @@ def aligned(lines: list[list[str]], markdown: bool = False, left_aligned: bool =
     cells = [[format(t, spec) for t, spec in zip(line, specs, strict=True)] for line in lines]
     left, between, right = ("| ", " | ", " |") if markdown else ("", "  ", "")
     return "\n".join((left + between.join(line) + right).rstrip() for line in cells)
+
+
+def count(number: float) -> str:
+    """Return a large number in words: 12,345 or 300.001 B or 12.345 T."""
+    if number < 1e9:
+        return f"{number:,.0f}"
+    return f"{number / 1e9:,.3f} B" if number < 1e13 else f"{number / 1e12:,.3f} T"

@@ -121,6 +121,17 @@ def stub_in(folder: Path) -> Path:
     return path
 
 
+def processes_with(path: Path) -> list[tuple[int, str]]:
+    """Return (number, command) of the living processes that name a path.
+
+    Each process of a run is in a group of its own.
+    """
+    # Without ww, ps cuts the commands off where it finds no terminal.
+    listed = subprocess.run(["ps", "-ewwo", "pid=,stat=,args="], capture_output=True, text=True)
+    rows = (line.split(None, 2) for line in listed.stdout.splitlines() if str(path) in line)
+    return [(int(number), args) for number, state, args in rows if state[0] != "Z"]
+
+
 def last_iteration(run: Path) -> int:
     """Return the iteration that a run has logged last; 0 if there is none."""
     log = run / "log.txt"

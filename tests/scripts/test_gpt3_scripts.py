@@ -27,6 +27,7 @@ from tests.scripts.gpt3_scripts import (
     environment,
     flags_of,
     last_iteration,
+    processes_with,
     starts,
     stub_in,
 )
@@ -320,12 +321,6 @@ def test_all_problems_are_said_at_once():
     status, _, said = bash("ltd_300b_tp2", PROCESSES="5", GLOBAL_BATCH_SIZE="512")
     assert status == 2
     assert said.count("\n") == said.count("ltd_300b_tp2: ") == 3
-
-
-def processes_with(path) -> list[str]:
-    """Return the living processes that name a path, each of which is in a group of its own."""
-    listed = subprocess.run(["ps", "-eo", "stat=,args="], capture_output=True, text=True).stdout
-    return [line for line in listed.splitlines() if str(path) in line and line[0] != "Z"]
 
 
 def stubbed(folder, name="ltd_300b", **settings):

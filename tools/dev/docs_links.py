@@ -8,6 +8,7 @@ from typing import Any
 
 # {what a link begins with in the repository: in the site}.
 LINKS = {
+    "](examples/early_bird/": "](early_bird_gpt3/",  # early_bird.md has the other name
     "](examples/": "](",
     "](benchmarks/policies/": "](policies_study/",  # policies.md has the other name
     "](benchmarks/": "](",

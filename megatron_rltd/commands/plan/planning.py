@@ -9,20 +9,18 @@ group is started, and no model, data set or tokenizer is built. Megatron keeps g
 process can make only one plan.
 """
 
-import collections
 import copy
 import functools
-import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rltd.commands.plan import megatron_arguments
+from megatron_rltd.commands.plan import flops, megatron_arguments
 from megatron_rltd.commands.plan.megatron_arguments import PlanError, refusals
-from megatron_rltd.commands.plan.planned_run import PlannedRun, segments
+from megatron_rltd.commands.plan.planned_run import PlannedRun, Segment, segments
+from megatron_rltd.commands.plan.ticket import Ticket, find_ticket
 from megatron_rltd.groups import count_groups
-from megatron_rltd.patching import versions
 from megatron_rltd.resolved_config import ResolvedConfig
 from megatron_rltd.schedule import LayerTokenCost, Schedule
 from megatron_rltd.training import budget
@@ -45,6 +43,7 @@ class Plan:
         same_layer_tokens: A dense run on as many LayerTokens (iso-compute); None if the run is.
         dense: A dense run of the raw tokens asked for; None if none were.
         notes: What was taken for granted, a sentence each.
+        ticket: The Early-Bird ticket that the run searches for, and what it saves; None if none.
         is_bert: Whether the model attends to all tokens, not only to those before.
     """
 
@@ -55,6 +54,7 @@ class Plan:
     same_layer_tokens: PlannedRun | None
     dense: PlannedRun | None
     notes: list[str]
+    ticket: Ticket | None = None
     is_bert: bool = False
 
     @property
@@ -105,6 +105,8 @@ def make_plan(
     run = _run(args, resolved, lambda: scheduler)
     with refusals():
         _check_batch_sizes(run)
+        ticket, said = find_ticket(args, resolved, run, lambda n: _segments(args, resolved, n))
+    notes += said
     if getattr(args, "sft", None) or getattr(args, "dataloader_inter_document_masking", None):
         notes.append("packed documents are counted as whole sequences: FLOPs are an upper bound")
 
@@ -123,6 +125,7 @@ def make_plan(
         same_layer_tokens=dense(-(-tokens // resolved.layer_tokens.dense)) if resolved else None,
         dense=None if dense_tokens is None else dense(-(-dense_tokens // args.seq_length)),
         notes=notes,
+        ticket=ticket,
         is_bert=is_bert,
     )
 
@@ -176,42 +179,15 @@ def _run(
     """Return a run of ``args.train_iters`` iterations."""
     if not args.train_iters:
         raise PlanError("the run is shorter than one global batch: train longer")
-    counted = resolved.layer_tokens if resolved else _dense_layer_tokens(args)
-    found = segments(counted, budget.batch_size(args), args.train_iters)
-    samples: collections.Counter[int] = collections.Counter()
-    for segment in found:
-        samples[segment.kept] += segment.steps * segment.batch_size
-    causal = _flops(args, resolved, samples)
-    full = None
-    if versions.release() >= (0, 18):
-        # Megatron halves the squares of the sequence lengths.
-        full = _flops(args, resolved, samples, 2 * args.seq_length**2)
+    found = _segments(args, resolved, args.train_iters)
+    causal, full = flops.of_segments(args, resolved, found)
     return PlannedRun(args.seq_length, count_groups(args), found, causal, full, make_scheduler)
 
 
-def _flops(
-    args: Any, resolved: ResolvedConfig | None, samples: dict[int, int], square: int | None = None
-) -> float:
-    """Return Megatron's count for a run.
-
-    Args:
-        samples: By the kept length that they are trained with.
-        square: The square of a sample's length that attention computes, if not Megatron's.
-    """
-    from megatron.training import training
-
-    from megatron_rltd.training import metrics
-
-    original = training.num_floating_point_operations.__wrapped__
-    counts = []
-    for kept, n in samples.items():
-        squares = {} if square is None else {"seqlen_squared_sum_in_batch": n * square}
-        if resolved:
-            count = metrics.floating_point_operations(original, resolved, kept, args, n, **squares)
-        else:
-            count = original(args, n, **squares)
-        counts.append(count)
-    return math.fsum(counts)
+def _segments(args: Any, resolved: ResolvedConfig | None, iterations: int) -> list[Segment]:
+    """Return the steps of a run of so many iterations."""
+    counted = resolved.layer_tokens if resolved else _dense_layer_tokens(args)
+    return segments(counted, budget.batch_size(args), iterations)
 
 
 def _dense_run(args: Any, decay: dict[str, int | None], iterations: int) -> PlannedRun:

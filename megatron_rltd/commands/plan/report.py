@@ -5,9 +5,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from megatron_rltd.commands.plan import ticket_report
 from megatron_rltd.commands.plan.planned_run import PlannedRun
 from megatron_rltd.commands.plan.planning import Plan
-from megatron_rltd.commands.text_table import aligned
+from megatron_rltd.commands.text_table import aligned, count
 from megatron_rltd.groups import count_groups
 from megatron_rltd.patching import versions
 from megatron_rltd.schedule import Progress
@@ -48,9 +49,9 @@ def quantities(plan: Plan, run: PlannedRun, tflops: float | None) -> dict[str, A
 ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "iterations": ("iterations", "{:,}".format),
     "samples": ("samples", "{:,}".format),
-    "raw tokens": ("raw_tokens", lambda number: _count(number)),
-    "LayerTokens": ("layer_tokens", lambda number: _count(number)),
-    "LayerTokens per layer": ("layer_tokens_per_layer", lambda number: _count(number)),
+    "raw tokens": ("raw_tokens", lambda number: count(number)),
+    "LayerTokens": ("layer_tokens", lambda number: count(number)),
+    "LayerTokens per layer": ("layer_tokens_per_layer", lambda number: count(number)),
     "FLOPs, causal attention": ("flops_causal_attention", "{:.4e}".format),
     "FLOPs, full attention": ("flops_full_attention", "{:.4e}".format),
     "hours": ("hours", "{:,.1f}".format),
@@ -127,6 +128,7 @@ def as_numbers(plan: Plan, tflops: float | None) -> dict[str, Any]:
             "minimum_reached": at(run.minimum_from),
             "points": {name: at(p) for name, p in learning_rate_points(run).items()},
         },
+        "ticket": ticket_report.as_numbers(plan),
         "notes": [*warnings(plan), *plan.notes],
     }
 
@@ -178,6 +180,7 @@ def as_text(plan: Plan, tflops: float | None) -> str:
         f"{scheduler.min_lr:.4e} at least{' (not reached)' * (run.minimum_from is None)}, "
         f"advances by {unit}",
         *_learning_rates(run),
+        *(["", *ticket_report.as_lines(plan)] if plan.ticket else []),
     ]
     remarks = [f"WARNING: {text}" for text in warnings(plan)] + plan.notes
     if tflops:
@@ -210,7 +213,7 @@ def _comparison(plan: Plan, tflops: float | None) -> list[str]:
         "run": "this run",
         "same_samples": "dense, same samples",
         "same_layer_tokens": "dense, same LayerTokens",
-        "dense": f"dense, {_count(plan.dense.raw_tokens)} tokens" if plan.dense else "",
+        "dense": f"dense, {count(plan.dense.raw_tokens)} tokens" if plan.dense else "",
     }
     compared = runs(plan)
     numbers = {name: quantities(plan, run, tflops) for name, run in compared.items()}
@@ -234,7 +237,7 @@ def _learning_rates(run: PlannedRun) -> list[str]:
     points = learning_rate_points(run).items()
     for _, alike in groupby(points, key=lambda item: item[1].iteration):
         names, (at, *_) = zip(*alike, strict=True)
-        tokens = _count(run.per_layer(at))
+        tokens = count(run.per_layer(at))
         rate = f"{run.learning_rate(at):.4e}"
         table.append([", ".join(names), f"{at.iteration:,}", f"{at.samples:,}", tokens, rate])
     return aligned(table).splitlines()
@@ -255,12 +258,6 @@ def _joined(plan: Plan) -> list[str]:
     if plan.resolved is None or plan.resolved.config.grow_micro_batch == 1:
         return []
     return [plan.resolved.joined_in_words(plan.micro_batches)]
-
-
-def _count(number: float) -> str:
-    if number < 1e9:
-        return f"{number:,.0f}"
-    return f"{number / 1e9:,.3f} B" if number < 1e13 else f"{number / 1e12:,.3f} T"
 
 
 def draw(plan: Plan, path: Path) -> None:

@@ -29,6 +29,8 @@ from tests.scripts.gpt3_scripts import (
     starts,
     stub_in,
 )
+from tests.scripts.test_early_bird_scripts import FOLDER as CHAIN
+from tests.scripts.test_early_bird_scripts import stub_in as chain_stub_in
 
 CLUSTER = Path(__file__).parent / "cluster.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -254,6 +256,22 @@ def test_a_job_requeues_itself_until_it_is_finished(slurm, tmp_path):
     assert (tmp_path / "run" / "log.txt").read_text() == "".join(
         line for line in output.splitlines(keepends=True) if not line.startswith("slurmstepd")
     )
+
+
+def test_a_job_searches_draws_and_continues(slurm, tmp_path):
+    """It has 20 minutes, so that it leaves the draw to its next start, as DRAW_MINUTES is 30."""
+    settings = {"SCALE": "smoke", "PYTHON": chain_stub_in(tmp_path)}
+    number = submit(slurm, tmp_path, CHAIN / "ticket_300b.sh", **settings)
+    state, output = ended(slurm, number, tmp_path)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), output
+    run = tmp_path / "run"
+    began = re.findall(r"start (\d) of job \d+ from iteration (\d), 2 processes .* (\S+)", output)
+    folders = [str(run / name) for name in ("dense", "dense", "dense", "ticket")]
+    assert began == list(zip("0122", "0244", folders, strict=True))
+    assert re.search(r"\d+ minutes are left: the ticket is drawn in the next start", output)
+    assert output.count("draws --load") == 1  # by one process
+    assert f"the table of {run}\n" in output
+    assert output.splitlines()[-1] == "ticket_300b: finished: iteration 6 of 6"
 
 
 @pytest.mark.parametrize(
