@@ -190,11 +190,6 @@ def options_of(args: Any) -> Options:
     interval, start, until = (_value(args, name) for name in ("interval", "start", "until"))
     if interval is None or interval < 1:
         problems.append(f"give {PREFIX}interval: the iterations between checks, at least 1")
-    elif args.train_iters and interval >= args.train_iters:
-        problems.append(
-            f"{PREFIX}interval {interval} leaves no check in the {args.train_iters} iterations of "
-            "the run: use a smaller one"
-        )
     if window < 2:
         problems.append(f"{PREFIX}window {window} compares nothing: use at least 2")
     if not 0 <= threshold < 1:
@@ -202,17 +197,36 @@ def options_of(args: Any) -> Options:
     for name, iteration in (("start", start), ("until", until)):
         if iteration is not None and iteration < 1:
             problems.append(f"{PREFIX}{name} {iteration} must be at least 1")
-        elif iteration is not None and args.train_iters and iteration >= args.train_iters:
-            problems.append(
-                f"{PREFIX}{name} {iteration} is not within the {args.train_iters} iterations of "
-                "the run"
-            )
     if None not in (start, until) and start > until:
         problems.append(f"{PREFIX}start {start} is after {PREFIX}until {until}")
+    if not problems and args.train_iters:  # else the length is not yet known
+        problems = find_beyond_end(args)
     if problems:
         raise ConfigError(problems)
     rule = Rule(window, threshold)
     return Options(target, rule, interval, start or 0, until, bool(_value(args, "exit")))
+
+
+def find_beyond_end(args: Any) -> list[str]:
+    """Return a sentence for every option that is beyond the end of the run.
+
+    Args:
+        args: Megatron's, when ``train_iters`` is known: with samples, after its set-up.
+    """
+    problems = []
+    if _value(args, "interval") >= args.train_iters:
+        problems.append(
+            f"{PREFIX}interval {_value(args, 'interval')} leaves no check in the "
+            f"{args.train_iters} iterations of the run: use a smaller one"
+        )
+    for name in ("start", "until"):
+        iteration = _value(args, name)
+        if iteration is not None and iteration >= args.train_iters:
+            problems.append(
+                f"{PREFIX}{name} {iteration} is not within the {args.train_iters} iterations of "
+                "the run"
+            )
+    return problems
 
 
 def _value(args: Any, name: str) -> Any:

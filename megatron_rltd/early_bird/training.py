@@ -20,6 +20,7 @@ from megatron_rltd.early_bird.arguments import (
     EMERGED,
     FLAG,
     Options,
+    find_beyond_end,
     options_of,
     refuse_without_flag,
 )
@@ -77,8 +78,8 @@ class Search:
         """Continue the search of a checkpoint, or end at once if it has its ticket.
 
         Raises:
-            ConfigError: The masks beside the checkpoint are for another ticket, or damaged; or
-                there is no zero to keep.
+            ConfigError: The masks beside the checkpoint are for another ticket, or damaged; the run
+                ends before a check; or there is no zero to keep.
             ModelError: The model is not a GPTModel.
             SystemExit: The ticket emerged before.
         """
@@ -91,6 +92,8 @@ class Search:
             print_rank_0(f"early-bird: {share:.2%} of the layers' weights are zero and stay zero")
         if self.options is None:
             return result
+        if megatrons.train_iters and (problems := find_beyond_end(megatrons)):
+            raise ConfigError(problems)
         layers = layers_of(result[0])
         emerged = getattr(megatrons, EMERGED)
         if emerged and self.options.exit and not megatrons.skip_train:

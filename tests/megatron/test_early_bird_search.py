@@ -216,6 +216,15 @@ def test_no_check_before_the_warm_up_ends_and_a_ticket_at_the_latest(tmp_path):
     assert len(found.losses) == 6
 
 
+def test_a_run_in_samples_is_as_long_as_its_search_needs(tmp_path):
+    samples = RUN.replace(f"--train-iters {STEPS}", "--train-samples 64")
+    samples = samples.replace("--lr-warmup-iters", "--lr-warmup-samples")
+    save = f"--save {tmp_path} --save-interval 100"
+    with pytest.raises(RankError, match="until 8 is not within the 8 iterations of the run"):
+        train(f"{samples} {MODEL} {SEARCH} {NEVER} --early-bird-until 8 {save}")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_masks_of_another_ticket_stop_a_run_before_it_trains(dense, tmp_path):
     folder = from_iteration(dense, tmp_path / "run")
     other = f"{RUN} {MODEL} {SEARCH} {NEVER}"
