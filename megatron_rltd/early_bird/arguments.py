@@ -168,8 +168,7 @@ def options_of(args: Any) -> Options:
         ConfigError: It names every unsupported feature and every wrong option.
     """
     problems = find_refused_in_run(args)
-    names = ("pattern", "num_attention_heads", "ffn_hidden_size", "ratio")
-    target = Target(**{name: _value(args, name) for name in names})
+    target = Target.searched_by(args)
     shape = ModelShape.of(args)
     ranks = args.tensor_model_parallel_size
     if ranks > shape.num_query_groups:
@@ -197,6 +196,11 @@ def options_of(args: Any) -> Options:
     for name, iteration in (("start", start), ("until", until)):
         if iteration is not None and iteration < 1:
             problems.append(f"{PREFIX}{name} {iteration} must be at least 1")
+    if not _value(args, "exit") and getattr(args, "save_retain_interval", None):
+        problems.append(
+            f"--save-retain-interval would remove the ticket's checkpoint while the run goes on: "
+            f"omit it, or omit --no{FLAG[1:]}-exit"
+        )
     if None not in (start, until) and start > until:
         problems.append(f"{PREFIX}start {start} is after {PREFIX}until {until}")
     if not problems and args.train_iters:  # else the length is not yet known

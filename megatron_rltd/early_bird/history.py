@@ -34,14 +34,22 @@ def iterations(run: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def write(run: Path, mask: Mask, target: Target) -> Path:
-    """Write a whole mask; return the file. A process killed meanwhile leaves no half of it."""
+def write(run: Path, mask: Mask, target: Target, interval: int) -> Path:
+    """Write a whole mask; return the file. A process killed meanwhile leaves no half of it.
+
+    Args:
+        run: The --save folder of the run.
+        mask: What a check would prune.
+        target: What the mask is for.
+        interval: Iterations between checks.
+    """
     path = file_of(run, mask.iteration)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "format": _FORMAT,
         "iteration": mask.iteration,
         "target": target.as_dict(),
+        "interval": interval,
         "units": mask.units,
         "pruned": mask.pruned,
     }
@@ -54,7 +62,13 @@ def write(run: Path, mask: Mask, target: Target) -> Path:
     return path
 
 
-def read(run: Path, iteration: int, target: Target, units: dict[str, int]) -> Mask:
+def read(
+    run: Path,
+    iteration: int,
+    target: Target,
+    units: dict[str, int],
+    interval: int | None = None,
+) -> Mask:
     """Return the whole mask of an iteration.
 
     Args:
@@ -62,9 +76,10 @@ def read(run: Path, iteration: int, target: Target, units: dict[str, int]) -> Ma
         iteration: One of `iterations`.
         target: What the mask must be for.
         units: What the model must have, see `Target.units`.
+        interval: Iterations between the checks that the mask must be of; None: any.
 
     Raises:
-        HistoryError: The file is damaged, or was written for another target or model.
+        HistoryError: The file is damaged, or was written for another target, model or interval.
     """
     path = file_of(run, iteration)
     try:
@@ -72,6 +87,7 @@ def read(run: Path, iteration: int, target: Target, units: dict[str, int]) -> Ma
         known = content["format"] == _FORMAT
         mask = Mask(content["iteration"], content["units"], content["pruned"])
         theirs = Target(**content["target"])
+        between = content["interval"]
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HistoryError(
@@ -85,6 +101,12 @@ def read(run: Path, iteration: int, target: Target, units: dict[str, int]) -> Ma
             f"{path} was taken for another ticket ({_described(theirs, mask.units)}), not for "
             f"{_described(target, units)}: give the same --early-bird options, use another --save, "
             f"or move {path.parent} away"
+        )
+    if interval not in (None, between):
+        # Masks of different intervals are not comparable.
+        raise HistoryError(
+            f"{path} was taken with --early-bird-interval {between}, not {interval}: give the same "
+            f"interval, use another --save, or move {path.parent} away"
         )
     return mask
 

@@ -11,13 +11,13 @@ def _truthy(name: str) -> Callable[[Any], Any]:
     return lambda args: getattr(args, name, None)
 
 
-_OTHER = "has weights that the search does not know"
+_OTHER = "has weights that Early-Bird does not know"
 _WITHOUT = "use a GPTModel without it"
 OF_MODEL: tuple[Refusal, ...] = (
     Refusal(
         "--num-experts",
         lambda a: getattr(a, "num_experts", None) or getattr(a, "num_moe_experts", None),
-        "makes a mixture of experts, whose FFN the search does not prune",
+        "makes a mixture of experts, whose FFNs are not pruned",
         "use a dense GPTModel",
     ),
     Refusal(
@@ -52,19 +52,19 @@ OF_MODEL: tuple[Refusal, ...] = (
     Refusal(
         "--softmax-type learnable",
         lambda a: getattr(a, "softmax_type", "vanilla") == "learnable",
-        "has a number for each head that the search does not know",
+        "has a number for each head that Early-Bird does not know",
         "use --softmax-type vanilla",
     ),
     Refusal(
         "--fp8-param-gather",
         lambda a: getattr(a, "fp8_param_gather", None) or getattr(a, "fp8_param", None),
-        "keeps the weights in FP8 alone, whose magnitudes the search does not compare",
+        "keeps the weights in FP8 alone, whose magnitudes are not compared",
         "omit it; --fp8-format may stay",
     ),
     Refusal(
         "--fp4-param-gather",
         lambda a: getattr(a, "fp4_param_gather", None) or getattr(a, "fp4_param", None),
-        "keeps the weights in FP4 alone, whose magnitudes the search does not compare",
+        "keeps the weights in FP4 alone, whose magnitudes are not compared",
         "omit it; --fp4-format may stay",
     ),
     Refusal(
@@ -121,6 +121,13 @@ def find_refused_in_run(args: Any) -> list[str]:
         found.append(
             f"a ticket cannot be drawn from --ckpt-format {args.ckpt_format}: use --ckpt-format "
             "torch_dist"
+        )
+    if args.use_distributed_optimizer and (
+        getattr(args, "non_persistent_ckpt_type", None) == "local"
+    ):
+        found.append(
+            "--non-persistent-ckpt-type local cannot save the distributed optimizer in the form "
+            "that a ticket is drawn from: use --non-persistent-ckpt-type global"
         )
     if args.no_save_optim:
         found.append("--no-save-optim would lose what the ticket continues with: omit it")

@@ -21,7 +21,8 @@ from megatron_rltd.early_bird.units import (
     random_weights,
 )
 
-NORM, RANDOM = "norm", "random"
+# On args of a checkpoint that was drawn: the target, and how its units were chosen.
+TICKET = "early_bird_ticket"
 NEURONS = 16  # FP8 needs multiples of it
 
 
@@ -55,6 +56,13 @@ class Target:
     num_attention_heads: int | None = None
     ffn_hidden_size: int | None = None
     ratio: float | None = None
+
+    @classmethod
+    def searched_by(cls, args: Any) -> "Target":
+        """Return what Megatron's arguments, or those that a checkpoint holds, search for."""
+        names = ("pattern", "num_attention_heads", "ffn_hidden_size", "ratio")
+        given = {name: getattr(args, f"early_bird_{name}", None) for name in names}
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def problems(self, shape: ModelShape, tensor_parallel: int, prefix: str) -> list[str]:
         """Return what is wrong with this for a model, as sentences that name the flags.

@@ -28,6 +28,7 @@ from megatron_rltd.early_bird.history import HistoryError
 from megatron_rltd.early_bird.masks import Mask
 from megatron_rltd.early_bird.model import Ranks, layers_of, take_mask
 from megatron_rltd.early_bird.search import Check, check, describe
+from megatron_rltd.early_bird.target import TICKET, Target
 from megatron_rltd.early_bird.units import ModelShape
 
 DISTANCE = "early-bird distance"
@@ -110,7 +111,7 @@ class Search:
     def check_checkpoint_args(
         self, original: Callable, checkpoint_args: Any, *rest: Any, **kwargs: Any
     ) -> Any:
-        """Take over whether the ticket has emerged.
+        """Take over what the checkpoint is a ticket of, and whether the one looked for has emerged.
 
         Raises:
             ConfigError: The checkpoint's model has other sizes, or zeros that would be lost.
@@ -118,7 +119,10 @@ class Search:
         _refuse_other_sizes(checkpoint_args, self._args)
         zeros.require_choice(checkpoint_args, self._args)
         result = original(checkpoint_args, *rest, **kwargs)
-        if self.options is not None:
+        ticket = getattr(checkpoint_args, TICKET, None)
+        if ticket is not None:
+            setattr(self._args, TICKET, ticket)  # so that later checkpoints say it, too
+        if self.options is not None and Target.searched_by(checkpoint_args) == self.options.target:
             setattr(self._args, EMERGED, getattr(checkpoint_args, EMERGED, 0))
         return result
 
@@ -169,7 +173,10 @@ class Search:
         bound = _signature(original).bind(*call, **kwargs).arguments
         args, iteration = get_args(), bound["iteration"]
         is_saved = args.save_interval and iteration % args.save_interval == 0
-        if not should_exit and not is_saved:
+        # Megatron saves when it ends a run, unless it has just saved what is not to stay.
+        passing = getattr(args, "non_persistent_save_interval", None)
+        is_saved = is_saved or (should_exit and not (passing and iteration % passing == 0))
+        if not is_saved:
             training.save_checkpoint_and_time(
                 iteration,
                 bound["model"],
@@ -206,7 +213,7 @@ class Search:
         found = check(newest, self._masks, options.rule, ranks.add_over_stages)
         whole = ranks.whole(newest)
         if whole is not None:
-            history.write(Path(args.save), whole, options.target)
+            self._write(whole, options, args)
         self._masks = [*self._masks, newest][-(options.rule.window - 1) :]
         self.last, self._is_logged = found, False
         print_rank_0(f"early-bird: {describe(found, options.rule)}")
@@ -218,6 +225,18 @@ class Search:
             self._must_save = True
             reason = "has emerged" if found.emerged else "is taken, though it has not emerged,"
             print_rank_0(f"early-bird: the ticket {reason} at iteration {iteration}")
+
+    @staticmethod
+    def _write(mask: Mask, options: Options, args: Any) -> None:
+        try:
+            history.write(Path(args.save), mask, options.target, options.interval)
+        except OSError as error:
+            # Other ranks wait for this one, and the window is in memory.
+            print(
+                f"early-bird: WARNING: the masks of iteration {mask.iteration} cannot be written "
+                f"({error}); a run that is resumed will lack them",
+                flush=True,
+            )
 
     def _resume(self, options: Options, args: Any, layers: dict) -> None:
         """Take over the last masks before the iteration to continue from.
@@ -236,13 +255,15 @@ class Search:
                 masks = _last_masks(options, args)
             except (HistoryError, OSError) as error:
                 problem = str(error)
-        problem, masks = Ranks.from_first((problem, masks))
+        problem, count = Ranks.from_first((problem, len(masks)))
         if problem:
             raise ConfigError([problem])
-        self._masks = [
-            Mask(mask.iteration, mask.units, _of_layers(mask.pruned, layers)) for mask in masks
-        ]
-        taken = ", ".join(str(mask.iteration) for mask in masks)
+        self._masks = []
+        for i in range(count):  # one by one: those of single weights are large
+            mask = Ranks.from_first(masks[i] if masks else None)
+            own = _of_layers(mask.pruned, layers)
+            self._masks.append(Mask(mask.iteration, mask.units, own))
+        taken = ", ".join(str(mask.iteration) for mask in self._masks)
         print_rank_0(f"early-bird: continues with the masks of iterations {taken or '(none)'}")
 
     def _write_scalars(self, found: Check) -> None:
@@ -280,33 +301,32 @@ def _last_masks(options: Options, args: Any) -> list[Mask]:
     for folder in folders:
         before = [n for n in history.iterations(folder) if n < args.iteration]
         masks = [
-            history.read(folder, n, options.target, units)
+            history.read(folder, n, options.target, units, options.interval)
             for n in before[-(options.rule.window - 1) :]
         ]
         if masks:
             if folder != save:
                 for mask in masks:
-                    history.write(save, mask, options.target)
+                    history.write(save, mask, options.target, options.interval)
             return masks
     return []
 
 
 def _refuse_other_sizes(checkpoint_args: Any, args: Any) -> None:
     names = {"num_attention_heads": "--num-attention-heads", "ffn_hidden_size": "--ffn-hidden-size"}
-    pairs = {
-        flag: (getattr(args, name, None), getattr(checkpoint_args, name, None))
-        for name, flag in names.items()
-    }
-    differing = [
-        f"{flag} {ours} (checkpoint: {theirs})"
-        for flag, (ours, theirs) in pairs.items()
-        if ours != theirs
-    ]
+    differing, is_smaller = [], True
+    for name, flag in names.items():
+        ours, theirs = getattr(args, name, None), getattr(checkpoint_args, name, None)
+        if ours != theirs:
+            differing.append(f"{flag} {ours} (checkpoint: {theirs})")
+            is_smaller = is_smaller and (ours or 0) < (theirs or 0)
     if not differing:
         return
-    way_out = f"to continue with a ticket of it, draw one with {_DRAW} and load that"
-    if getattr(checkpoint_args, "early_bird_ticket", None):
+    way_out = "give the sizes of the checkpoint"
+    if getattr(checkpoint_args, TICKET, None):
         way_out = "it is a ticket: give the flags that draw_ticket.py printed"
+    elif is_smaller:
+        way_out = f"to continue with a ticket of it, draw one with {_DRAW} and load that"
     raise ConfigError(
         [f"the checkpoint's model has other sizes than {', '.join(differing)}: {way_out}"]
     )

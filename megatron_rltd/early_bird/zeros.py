@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_rltd.config import ConfigError
+from megatron_rltd.early_bird.masks import STRUCTURED
 from megatron_rltd.early_bird.model import layers_of
 from megatron_rltd.early_bird.refusals import find_refused
+from megatron_rltd.early_bird.target import TICKET
 from megatron_rltd.refusals import Refusal
 
 FLAG = "--early-bird-keep-zeros"
@@ -74,8 +76,8 @@ def require_choice(checkpoint_args: Any, args: Any) -> None:
     """
     if getattr(args, NAME, None) is not None or getattr(args, "skip_train", False):
         return
-    ticket = getattr(checkpoint_args, "early_bird_ticket", None) or {}
-    is_sparse = ticket.get("pattern", "structured") != "structured"
+    ticket = getattr(checkpoint_args, TICKET, None) or {}
+    is_sparse = ticket.get("pattern", STRUCTURED) != STRUCTURED
     if is_sparse or getattr(checkpoint_args, NAME, None):
         raise ConfigError(
             [

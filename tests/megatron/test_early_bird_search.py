@@ -43,7 +43,7 @@ def search_with_other_patterns(arguments: list[str], folder: str) -> dict:
             ranks.require_equal(mask)
             whole = ranks.whole(mask)
             if whole is not None:
-                history.write(Path(folder) / name, whole, other)
+                history.write(Path(folder) / name, whole, other, 1)
         return take(iteration, layers, target, *rest)
 
     training.take_mask = taken
@@ -141,6 +141,7 @@ def test_overlapped_gathers_are_waited_for(tmp_path):
         ticket_checkpoint.Dense(save / "iter_0000004").require_optimizer()
     assert of_checkpoint(save, 4, [target]) == [masks[4]]
     assert found.output.count("mask distance") == 6
+    assert train(f"{RUN} {MODEL} {DISTRIBUTED} --bf16 --exit-interval 7", 2).losses == found.losses
 
 
 def checks_in(output) -> list[str]:
@@ -181,6 +182,10 @@ def test_the_search_changes_nothing_and_ends_the_run(dense, tmp_path, capsys):
     again = train(f"{command} --save-interval 100")
     assert again.losses == []
     assert "the ticket emerged at iteration 5, and the checkpoint of iteration 6" in again.output
+    # Nor does that of another ticket end at once, but it says what is in the way.
+    other = command.replace("ffn-hidden-size 32", "ffn-hidden-size 64")
+    with pytest.raises(RankError, match="masks_.* was taken for another ticket"):
+        train(f"{other} --save-interval 100")
     # What to keep is known from the run.
     arguments = ["--load", str(save), "--save", str(tmp_path / "ticket")]
     assert draw_ticket.main(arguments) == 0
@@ -232,8 +237,25 @@ def test_masks_of_another_ticket_stop_a_run_before_it_trains(dense, tmp_path):
     from megatron_rltd.early_bird.target import Target
 
     target = Target(num_attention_heads=4, ffn_hidden_size=64)
-    history.write(folder, Mask(1, {"heads": 4, "ffn": 96}, {"heads": {}, "ffn": {}}), target)
+    history.write(folder, Mask(1, {"heads": 4, "ffn": 96}, {"heads": {}, "ffn": {}}), target, 1)
     before = sorted(path for path in folder.rglob("*"))
     with pytest.raises(RankError, match="masks_0000001.pt was taken for another ticket"):
         train(f"{other} --load {folder} --save {folder} --save-interval 1")
     assert sorted(path for path in folder.rglob("*")) == before
+
+
+def fail_to_write_masks(arguments: list[str]) -> dict:
+    """Train with a disk that is full when the first rank writes masks."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    history.write = full
+    return train_on_this_rank("pretrain_gpt", arguments)
+
+
+def test_masks_that_cannot_be_written_do_not_stop_the_ranks(tmp_path):
+    command = f"{RUN} {MODEL} {SEARCH} {SOON} --save {tmp_path / 'run'} --save-interval 100"
+    first = run_all(2, fail_to_write_masks, command.split())[0]["value"]
+    assert len(first["losses"]) == 4  # the masks of iterations 1, 2 and 3 fill the window
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "4"

@@ -8,7 +8,7 @@ import torch
 from megatron_rltd.early_bird.units import MATRICES
 from tests.megatron.test_training import BASE, LTD
 from tests.parallel import RankError, train
-from tests.tools.test_draw_ticket import DISTRIBUTED, FORMAT, LLAMA, contents, draw
+from tests.tools.test_draw_ticket import DISTRIBUTED, FORMAT, LLAMA, contents, draw, draw_ticket
 
 KEEP = "--early-bird-keep-zeros"
 RATIO = 0.4
@@ -106,9 +106,11 @@ def test_random_weights_are_the_control(dense, tmp_path, capsys):
     drawn = draw(dense["fp32"], tmp_path / "a", *options)
     printed = capsys.readouterr().out
     assert re.search(r"39\.9\d% of the weights of 4 layers are zero \(unstructured\)", printed)
-    assert "--pattern unstructured --ratio 0.4 --signal random --seed 1" in printed
+    assert "--pattern unstructured --ratio 0.4 --signal random --seed 2" in printed
     assert "from scratch" not in printed
-    again = draw(dense["fp32"], tmp_path / "b", *options, "--seed", 1)
+    again = draw(dense["fp32"], tmp_path / "b", *options, "--seed", 1, "--reset-optimizer")
+    # What is printed is another ticket, but for the choice as this one.
+    assert "--reset-optimizer --signal random --seed 2" in capsys.readouterr().out
     other = draw(dense["fp32"], tmp_path / "c", *options, "--seed", 2)
     one, same, another = (zeros_of(contents(f, 2)[0]) for f in (drawn, again, other))
     for name, zeros in one.items():
@@ -119,6 +121,16 @@ def test_random_weights_are_the_control(dense, tmp_path, capsys):
 
 
 TP2_PP2 = f"{TP2} --pipeline-model-parallel-size 2"
+
+
+def test_fewer_zeros_than_there_are(sparse, tmp_path, capsys):
+    arguments = ["--load", sparse["fp32", "2:4"], "--save", tmp_path / "ticket"]
+    arguments += ["--pattern", "unstructured", "--ratio", RATIO]
+    assert draw_ticket.main([str(a) for a in arguments]) == 2
+    assert "--ratio 0.4 prunes no weight, because more than that is zero" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 # name: (kind, ranks, flags)
 LAYOUTS = {
     "one": ("plain fp32", 1, ""),

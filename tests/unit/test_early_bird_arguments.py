@@ -36,6 +36,7 @@ MODEL = {
     "ckpt_format": "torch_dist",
     "no_save_optim": None,
     "train_iters": 1000,
+    "use_distributed_optimizer": False,
 }
 WANTED = "--early-bird --early-bird-num-attention-heads 12 --early-bird-interval 10"
 
@@ -89,6 +90,16 @@ WRONG = [
     ("", {"optimizer": "dist_muon"}, "--optimizer .*adam"),
     ("", {"use_layer_wise_distributed_optimizer": True}, "--optimizer .*adam"),
     ("", {"softmax_type": "learnable"}, "--softmax-type"),
+    (
+        "",
+        {"non_persistent_ckpt_type": "local", "use_distributed_optimizer": True},
+        "--non-persistent-ckpt-type local .* use --non-persistent-ckpt-type global",
+    ),
+    (
+        "--no-early-bird-exit",
+        {"save_retain_interval": 100},
+        "--save-retain-interval would remove .* omit it, or omit --no-early-bird-exit",
+    ),
     ("", {"attention_output_gate": True}, "--attention-output-gate"),
     (
         "--early-bird-num-attention-heads 16 --early-bird-ffn-hidden-size 128",
@@ -163,6 +174,8 @@ def test_a_checkpoint_of_other_sizes_is_refused_with_the_way_out():
     ticket = SimpleNamespace(**vars(ours), early_bird_ticket={"signal": "norm"})
     with pytest.raises(ConfigError, match=r"heads 16 \(checkpoint: 12\): it is a ticket"):
         _refuse_other_sizes(ticket, dense)
+    with pytest.raises(ConfigError, match=r"heads 16 \(checkpoint: 12\): give the sizes of"):
+        _refuse_other_sizes(ours, dense)
 
 
 TARGET, UNITS = Target(ffn_hidden_size=3), {"ffn": 5}
@@ -176,9 +189,9 @@ def mask_of(iteration, *pruned):
 
 def test_files_of_masks(tmp_path):
     written = mask_of(20, 0, 4)
-    path = history.write(tmp_path, written, TARGET)
+    path = history.write(tmp_path, written, TARGET, 20)
     assert path == tmp_path / "early_bird" / "masks_0000020.pt"
-    history.write(tmp_path, mask_of(100, 1, 2), TARGET)
+    history.write(tmp_path, mask_of(100, 1, 2), TARGET, 20)
     assert history.iterations(tmp_path) == [20, 100]
     read = history.read(tmp_path, 20, TARGET, UNITS)
     assert read.iteration == 20
@@ -187,6 +200,11 @@ def test_files_of_masks(tmp_path):
     for target, units in ((Target(ffn_hidden_size=2), UNITS), (TARGET, {"ffn": 6})):
         with pytest.raises(HistoryError, match="masks_0000020.pt was taken for another ticket"):
             history.read(tmp_path, 20, target, units)
+    assert history.read(tmp_path, 20, TARGET, UNITS, 20).iteration == 20
+    with pytest.raises(
+        HistoryError, match="masks_0000020.pt was taken with .*-interval 20, not 10"
+    ):
+        history.read(tmp_path, 20, TARGET, UNITS, 10)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(HistoryError, match="masks_0000020.pt cannot be read"):
         history.read(tmp_path, 20, TARGET, UNITS)
@@ -197,7 +215,7 @@ def test_the_window_of_a_resumed_run(tmp_path):
     target = Target(ffn_hidden_size=240)
     bits = {"ffn": {n: masks.pack(torch.ones(256, dtype=torch.bool)) for n in (1, 2, 3, 4)}}
     for iteration in (10, 20, 30, 40, 50):
-        history.write(old, Mask(iteration, {"ffn": 256}, bits), target)
+        history.write(old, Mask(iteration, {"ffn": 256}, bits), target, 10)
     options = Options(target, Rule(3, 0.1), 10)
     args = parsed("", load=str(old), save=str(new), iteration=40)
     # That of iteration 40 is taken again from the checkpoint's weights.

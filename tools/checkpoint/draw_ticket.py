@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _draw(options: argparse.Namespace) -> None:
     import hf_checkpoint
-    from ticket_checkpoint import Dense, target_of
+    from ticket_checkpoint import Dense, require_pruned, target_of
 
     chosen = Dense(hf_checkpoint.find(options.load, options.iteration))
     target = target_of(options, chosen)
@@ -122,6 +122,7 @@ def _draw(options: argparse.Namespace) -> None:
         seed = 1 if options.seed is None else options.seed
     with hf_checkpoint.new_folder(options.save) as scratch:
         mask = chosen.mask(target, seed)
+        require_pruned(mask, target)
         held.write_ticket(scratch, target, mask, options.signal, options.reset_optimizer)
     print(_said(options, chosen, held, target, mask))
 
@@ -138,14 +139,16 @@ def _said(options: argparse.Namespace, chosen, held, target, mask) -> str:
     for name, value in target.as_dict().items():
         if value is not None:
             again += [f"--{name.replace('_', '-')}", str(value)]
-    again += ["--signal", "random", "--seed", "1", "--save", f"{options.save}-random"]
+    seed = (options.seed or 1) + 1 if options.signal == "random" else 1
+    again += ["--reset-optimizer"] * options.reset_optimizer
+    again += ["--signal", "random", "--seed", str(seed), "--save", f"{options.save}-random"]
     is_smaller = target.pattern == STRUCTURED
     what, flags = _smaller(chosen, target) if is_smaller else _sparse(chosen, target, mask)
     lines = [
         f"{options.save}: {what}",
         f"chosen by {options.signal} at iteration {chosen.iteration}; the run continues after "
         f"iteration {held.iteration}",
-        "continue with the flags of the run, without --early-bird, and at their end:",
+        "continue with the flags of the run, without those of --early-bird, and at their end:",
         f"  {flags} --load {save} --save {save}",
         "controls, without which nobody knows whether the choice mattered:",
         f"  random ticket: {shlex.join(again)}",

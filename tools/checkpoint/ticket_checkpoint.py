@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rltd.early_bird import slices
 from megatron_rltd.early_bird.masks import STRUCTURED, Mask
 from megatron_rltd.early_bird.refusals import find_refused
-from megatron_rltd.early_bird.target import Target
+from megatron_rltd.early_bird.target import TICKET, Target
 from megatron_rltd.early_bird.units import MATRICES, WEIGHTS, ModelShape
 
 _OPTIMIZER = "optimizer."
@@ -154,7 +154,7 @@ class Dense:
         args.ffn_hidden_size = kept.ffn_hidden_size
         args.early_bird = False
         args.early_bird_emerged = 0
-        args.early_bird_ticket = {**target.as_dict(), "signal": signal, "mask": mask.iteration}
+        setattr(args, TICKET, {**target.as_dict(), "signal": signal, "mask": mask.iteration})
         return args
 
     def write_ticket(
@@ -276,14 +276,22 @@ def target_of(options: Any, dense: Dense) -> Target:
     """
     names = ("pattern", "num_attention_heads", "ffn_hidden_size", "ratio")
     given = {name: getattr(options, name) for name in names}
+    target = Target(**{**given, "pattern": given["pattern"] or STRUCTURED})
     if all(value is None for value in given.values()):
-        given = {name: getattr(dense.args, f"early_bird_{name}", None) for name in names}
-    given["pattern"] = given["pattern"] or STRUCTURED
-    target = Target(**given)
+        target = Target.searched_by(dense.args)
     problems = target.problems(dense.shape, 1, "--")
     if problems:
         raise ConversionError("; ".join(problems))
     return target
+
+
+def require_pruned(mask: Mask, target: Target) -> None:
+    """Raise ConversionError if a mask of single weights prunes none."""
+    if WEIGHTS in mask.pruned and not mask.count(WEIGHTS):
+        raise ConversionError(
+            f"--ratio {target.ratio} prunes no weight, because more than that is zero already: "
+            "give a larger one"
+        )
 
 
 def block_parameters(shape: ModelShape, hidden_size: int) -> int:
