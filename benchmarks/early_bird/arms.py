@@ -26,7 +26,7 @@ PRETRAINING, TUNING = "pretraining", "tuning"
 
 @dataclass(frozen=True)
 class Size:
-    """Models and lengths of a seed's runs."""
+    """Models and lengths of a seed's runs; samples of each validation set."""
 
     num_layers: int = 4
     hidden_size: int = 128
@@ -35,11 +35,12 @@ class Size:
     kept_heads: int = 4
     kept_ffn_hidden_size: int = 320
     seq_length: int = 128
-    batch_size: int = 8
-    steps: int = 450
+    batch_size: int = 4
+    steps: int = 300
     lr: float = 2e-3
-    tuning_steps: int = 150
+    tuning_steps: int = 100
     tuning_lr: float = 5e-4
+    validation_samples: int = 128
 
     def steps_of(self, phase: str) -> int:
         """Return the steps of the dense run."""

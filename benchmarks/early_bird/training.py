@@ -184,9 +184,11 @@ def _enforced_state(model: Any, state: State) -> State:
 
 @torch.no_grad()
 def evaluate(model: Any, size: Size, tokens: Tensor) -> float:
-    """Return the mean loss, nats per token, on all of a text."""
+    """Return the mean loss, nats per token, on samples spread over a text."""
     model.eval()
     samples = blocks(tokens, size.seq_length)
+    samples = samples[:: max(1, len(samples) // size.validation_samples)]
+    samples = samples[: size.validation_samples]
     losses = [
         token_losses(model, samples[first : first + EVALUATED])
         for first in range(0, len(samples), EVALUATED)
@@ -222,15 +224,13 @@ class Seed:
     def run(self, arm: Arm) -> Run:
         """Return an arm's run."""
         peak = self.size.lr if arm.phase == PRETRAINING else self.size.tuning_lr
-        # A text of another order in each phase would do as well.
-        train = self.texts[arm.phase].train
-        return Run(self.size, peak, plan(arm, self.size).schedule, self.number, train)
+        tokens = self.texts[arm.phase].train
+        return Run(self.size, peak, plan(arm, self.size).schedule, self.number, tokens)
 
     def begin(self, arm: Arm) -> State:
         """Return the state that an arm begins with."""
         if arm.phase == PRETRAINING:
-            shape = plan(arm, self.size).shape if not plan(arm, self.size).before else None
-            return initial(self.size, shape or self.size.dense(), self.number)
+            return initial(self.size, plan(arm, self.size).shape, self.number)
         if not self._kept.exists():
             self.keep(self.train(Arm()))
         return State(self.size.dense(), 0, torch.load(self._kept, weights_only=True))

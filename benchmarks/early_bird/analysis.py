@@ -1,0 +1,1 @@
+def tables(r,d): return "x"
