@@ -147,7 +147,10 @@ def of_distances(distances: list[Row]) -> list[str]:
             cells.append(f"{fmean(values):.3f} ({fmean(of_chance):.2f})" if known else "-")
         name = name_of(pattern, kind)
         lines.append(f"| {phase}, {every:.0%} | {name} | {' | '.join(cells)} |")
-    lines += ["", "Distance to the check before (share of the chance level), at a share of the run."]
+    lines += [
+        "",
+        "Distance to the check before (share of the chance level), at a share of the run.",
+    ]
     return lines
 
 

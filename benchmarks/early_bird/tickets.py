@@ -41,9 +41,7 @@ class State:
 
 def mask_of(model: Any, step: int, target: Target, size: Size) -> Mask:
     """Return what a target prunes of a model after so many steps, as `--early-bird` would."""
-    return take_mask(
-        step, layers_of(model), target, size.dense(), size.hidden_size, Parallel()
-    )
+    return take_mask(step, layers_of(model), target, size.dense(), size.hidden_size, Parallel())
 
 
 def choose(units: str, model: Any, step: int, size: Size, seed: int) -> Mask:

@@ -31,6 +31,7 @@ from policies.samples import (
     batch,
 )
 
+
 def build(task: str, size: Size, seed: int) -> Any:
     """Return a new model of a task; its initial weights depend on the seed only."""
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

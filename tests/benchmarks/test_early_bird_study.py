@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -111,9 +110,8 @@ def test_arms_of_a_question_differ_in_what_it_asks():
 
 @pytest.fixture(scope="module")
 def training():
-    from lib.small_models import megatron
-
     from early_bird import training
+    from lib.small_models import megatron
 
     with megatron():
         yield training
@@ -133,6 +131,7 @@ def seed_of(training, texts, folder, size=TINY):
 @pytest.mark.parametrize("units", [arms.NORM, arms.RANDOM, arms.LARGEST_REMOVED])
 def test_a_ticket_is_the_dense_model_with_zeroed_columns(training, texts, tmp_path, units):
     from early_bird import tickets
+
     from megatron_rltd.early_bird.units import FFN, HEADS
 
     dense = seed_of(training, texts, tmp_path).at_draw(arms.ARMS["ticket"])
@@ -162,6 +161,7 @@ def test_a_ticket_is_the_dense_model_with_zeroed_columns(training, texts, tmp_pa
 
 def test_a_ticket_carries_the_moments_of_what_it_keeps(training, texts, tmp_path):
     from early_bird import tickets
+
     from megatron_rltd.early_bird.units import FFN, HEADS
 
     seed = seed_of(training, texts, tmp_path)
@@ -199,7 +199,9 @@ def test_a_state_goes_on_as_if_it_had_not_stopped(training, texts, tmp_path):
     assert stopped.step == 4
     again = seed.run(arms.ARMS["dense"]).train(stopped, TINY.steps)
     assert all(torch.equal(whole.weights[name], again.weights[name]) for name in whole.weights)
-    assert not torch.equal(whole.weights["output_layer.weight"], stopped.weights["output_layer.weight"])
+    assert not torch.equal(
+        whole.weights["output_layer.weight"], stopped.weights["output_layer.weight"]
+    )
 
 
 @pytest.mark.parametrize("name", ["unstructured", "unstructured-random", "2:4"])
@@ -238,12 +240,12 @@ def test_rows_of_hand_made_masks():
 
 # A study of little text and of small models. With a number, it gets a Ctrl-C in that run.
 END_TO_END = f"""
-import dataclasses, os, signal, sys
+import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
 import torch
 from lib import small_models
 from early_bird import arms, study, training
-study.Size = lambda: arms.Size({", ".join(f"{k}={v!r}" for k, v in vars(TINY).items())})
+study.size_of = lambda options: arms.Size({", ".join(f"{k}={v!r}" for k, v in vars(TINY).items())})
 numbers = torch.randint(2048, (4000,), generator=torch.Generator().manual_seed(1))
 own = training.Texts(numbers, [numbers[:100], numbers[100:200]])
 training.read_texts = lambda folder: {{arms.PRETRAINING: own, arms.TUNING: own}}
@@ -289,7 +291,7 @@ def test_a_study_interrupted(tmp_path):
     for run in runs:
         own = arms.plan(arms.ARMS[run["arm"]], TINY)
         assert run["flops"] == own.flops
-        assert run["steps_before_draw"], run["steps_after_draw"] == (own.before, own.after)
+        assert (run["steps_before_draw"], run["steps_after_draw"]) == (own.before, own.after)
         assert math.isnan(run["loss_at_draw"]) == (run["arm"] in NOT_DRAWN)
         assert run["validation_loss"] == (run["validation_a"] + run["validation_b"]) / 2
         assert 5 < run["validation_loss"] < 9
@@ -304,3 +306,100 @@ def test_a_study_interrupted(tmp_path):
 
 
 NOT_DRAWN = ("dense-short", "small-long", "small-short")
+
+
+def test_lengths_follow_from_the_steps():
+    size = study.size_of(study.parse_args(["--steps", "600"]))
+    assert (size.steps, size.tuning_steps) == (600, 200)
+    assert study.size_of(study.parse_args([])) == arms.Size()
+
+
+def test_no_run_reads_a_text_twice():
+    options = study.parse_args(["--arms", "small-long", "tuning/dense"])
+    size = arms.Size()
+    longest = arms.plan(arms.ARMS["small-long"], size).schedule
+    tokens = longest * size.batch_size * size.seq_length + 1
+    study.check_one_pass(options, size, {arms.PRETRAINING: tokens, arms.TUNING: tokens})
+    with pytest.raises(study.StudyError, match="--steps 300: .* of the pretraining text"):
+        study.check_one_pass(options, size, {arms.PRETRAINING: tokens - 1, arms.TUNING: tokens})
+    with pytest.raises(study.StudyError, match="reads 400 samples of the tuning text's 0"):
+        study.check_one_pass(options, size, {arms.PRETRAINING: tokens, arms.TUNING: 1})
+
+
+def test_a_seed_of_another_process_is_left_to_it(tmp_path, training, texts, monkeypatch, capsys):
+    monkeypatch.setattr(training, "read_texts", lambda folder: texts)
+    monkeypatch.setattr(study, "size_of", lambda options: TINY)
+    words = ["--folder", str(tmp_path), "--seeds", "1", "--arms", "dense"]
+    options = study.parse_args(words)
+
+    def train_one(*_):
+        study.train_all(options)  # as another process would, meanwhile
+        return {"run": {"validation_loss": 1.0}}
+
+    monkeypatch.setattr(study, "train_one", train_one)
+    study.train_all(options)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "seed 1: another process trains it"
+    assert said[1].startswith("[1/1] seed 1 dense: validation loss 1.0000")
+
+
+STEPS = "steps_before_draw,steps_after_draw"
+HAND_MADE = f"""arm,seed,validation_loss,validation_a,validation_b,loss_at_draw,{STEPS},flops
+dense,1,5.0,5.0,5.0,6.0,0,10,1000
+dense,2,5.2,5.0,5.4,6.0,0,10,1000
+dense,3,5.1,5.0,5.2,6.0,0,10,1000
+dense-short,1,5.3,5.0,5.4,nan,0,7,700
+ticket,1,4.9,5.0,4.8,6.1,2,8,750
+ticket,2,5.0,5.0,5.0,6.1,2,8,750
+ticket,3,4.8,5.0,4.6,6.1,2,8,750
+random,3,4.8,5.0,4.6,6.4,2,8,750
+"""
+
+
+def test_tables_of_a_hand_made_file(tmp_path):
+    (tmp_path / "runs.csv").write_text(HAND_MADE)
+    command = [sys.executable, str(FOLDER / "analysis.py"), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout
+    assert "| dense | 3 | 10 | 1.000 | 6.0000 ± 0.0000 | 5.1000 ± 0.1000 |" in said
+    assert "| dense-short | 1 | 7 | 0.700 | - | 5.3000 |" in said
+    assert "| ticket | 3 | 2 + 8 | 0.750 | 6.1000 ± 0.0000 | 4.9000 ± 0.1000 |" in said
+    # Differences -0.1, -0.2 and -0.3: 4.303 * 0.1 / sqrt(3); t = 3.46 with 2 degrees of freedom.
+    line = next(line for line in said.splitlines() if "| ticket - dense<" in line)
+    assert "| 3 | -0.2000 | -0.4484 to +0.0484 | 0.074 | the spread covers it |" in line
+    first, at_draw = (line for line in said.splitlines() if "| ticket - random<" in line)
+    assert "| 1 | +0.0000 | - | - | one seed: nothing |" in first
+    assert "just after the draw | 1 | -0.3000 |" in at_draw
+    assert "tuning" not in said.split("Loss in nats")[0]  # nothing is said of what was not trained
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "0 is less than 1"),
+        (["--arms", "ticketest"], "invalid choice: 'ticketest'"),
+    ],
+)
+def test_wrong_options(words, message, capsys):
+    with pytest.raises(SystemExit):
+        study.parse_args(words)
+    assert message in capsys.readouterr().err
+
+
+def test_findings_show_the_committed_results():
+    from early_bird import analysis
+
+    runs, distances = analysis.read_results(FOLDER / "results")
+    trained = {run["arm"] for run in runs}
+    assert {(run["arm"], run["seed"]) for run in runs} == {
+        (arm, seed) for arm in trained for seed in study.SEEDS
+    }
+    for run in runs:
+        own = arms.plan(arms.ARMS[run["arm"]], arms.Size())
+        assert (run["flops"], run["steps_after_draw"]) == (own.flops, own.after)
+    tables = analysis.tables(runs, distances)
+    assert (FOLDER / "results" / "tables.md").read_text() == tables
+    findings = (FOLDER / "README.md").read_text()
+    for table in tables.strip().split("\n\n"):
+        assert table in findings
