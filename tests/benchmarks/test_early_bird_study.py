@@ -159,6 +159,25 @@ def test_a_ticket_is_the_dense_model_with_zeroed_columns(training, texts, tmp_pa
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_choices(training, texts, tmp_path):
+    from early_bird import tickets
+
+    from megatron_rltd.early_bird.model import layers_of
+    from megatron_rltd.early_bird.units import importance
+
+    model = training.model_of(seed_of(training, texts, tmp_path).at_draw(arms.ARMS["ticket"]), TINY)
+    units = (arms.NORM, arms.LARGEST_REMOVED, arms.RANDOM)
+    least, most, drawn = (tickets.choose(each, model, 4, TINY, 3) for each in units)
+    other = tickets.choose(arms.RANDOM, model, 4, TINY, 4)
+    for number, weights in layers_of(model).items():
+        for kind, values in importance(weights, TINY.dense()).items():
+            pruned, removed = least.of_layer(kind, number), most.of_layer(kind, number)
+            assert values[pruned].max() < values[~pruned].min()
+            assert values[removed].min() > values[~removed].max()
+            assert pruned.sum() == removed.sum() == drawn.of_layer(kind, number).sum()
+            assert not torch.equal(drawn.of_layer(kind, number), other.of_layer(kind, number))
+
+
 def test_a_ticket_carries_the_moments_of_what_it_keeps(training, texts, tmp_path):
     from early_bird import tickets
 
