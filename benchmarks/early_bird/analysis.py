@@ -133,25 +133,32 @@ def name_of(pattern: str, kind: str) -> str:
     return f"structured, {kind}" if pattern == STRUCTURED else pattern
 
 
+def _over_time(rows: list[Row], key: str) -> str:
+    """Return the cells of a column and its share of the chance level at some shares of a run."""
+    cells = []
+    for share in SHOWN:
+        at = [row for row in rows if abs(row["share_of_run"] - share) < 1e-9]
+        known = at and not any(math.isnan(row[key]) for row in at)
+        # Every mask of a kind prunes the same share, so that one row tells the chance level.
+        level = {row["distance"] / row["share_of_chance"] for row in rows if row["distance"] > 0}
+        value = fmean(row[key] for row in at) if known else math.nan
+        cells.append(f"{value:.3f} ({value / max(level):.2f})" if known and level else "-")
+    return " | ".join(cells)
+
+
 def of_distances(distances: list[Row]) -> list[str]:
-    """Return the table of the distances to the check before, as mean over seeds."""
+    """Return the tables of the distances to the check before and to the last, means over seeds."""
     heads = " | ".join(f"{share:.0%}" for share in SHOWN)
     lines = [f"| phase, check every | mask | {heads} |", "|---|---|" + "--:|" * len(SHOWN)]
+    to_last = [f"| phase | mask | {heads} |", lines[1]]
     for (phase, every, pattern, kind), rows in _series(distances).items():
-        cells = []
-        for share in SHOWN:
-            at = [row for row in rows if abs(row["share_of_run"] - share) < 1e-9]
-            values = [row["distance"] for row in at]
-            of_chance = [row["share_of_chance"] for row in at]
-            known = values and not any(map(math.isnan, values))
-            cells.append(f"{fmean(values):.3f} ({fmean(of_chance):.2f})" if known else "-")
         name = name_of(pattern, kind)
-        lines.append(f"| {phase}, {every:.0%} | {name} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Distance to the check before (share of the chance level), at a share of the run.",
-    ]
-    return lines
+        lines.append(f"| {phase}, {every:.0%} | {name} | {_over_time(rows, 'distance')} |")
+        if every == float(INTERVALS[0]):
+            to_last.append(f"| {phase} | {name} | {_over_time(rows, 'distance_to_last')} |")
+    said = "(share of the chance level), at a share of the run."
+    lines += ["", f"Distance to the check before {said}", ""]
+    return [*lines, *to_last, "", f"Distance to the mask of the run's end {said}"]
 
 
 def of_rule(distances: list[Row]) -> list[str]:

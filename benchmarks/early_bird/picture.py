@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lib.paired import Row, half_interval
+from lib.paired import Row, by_seed, half_interval
 
 from early_bird.analysis import answers, name_of
 from early_bird.arms import ARMS, INTERVALS, PRETRAINING, TUNING
@@ -40,14 +40,23 @@ def draw(runs: list[Row], distances: list[Row], path: Path) -> None:
 
 def _losses(axes: Any, runs: list[Row]) -> None:
     """Draw each seed and the mean of each arm's final loss against FLOPs."""
-    for arm in {row["arm"]: 0 for row in runs}:
+    means = {arm: fmean(by_seed(runs, arm).values()) for arm in {row["arm"]: 0 for row in runs}}
+    losses = [row["validation_loss"] for row in runs]
+    apart = (max(losses) - min(losses)) / 30 if losses else 0
+    labels: dict[bool, float] = {}  # the highest so far, of dense's FLOPs and of the ticket's
+    cheapest = min((row["flops"] for row in runs), default=0)
+    for arm in sorted(means, key=means.__getitem__):
         own = [row for row in runs if row["arm"] == arm]
         colour = COLOURS.get(arm.split("-")[0], GREY)
         flops = own[0]["flops"] / 1e12
         values = [row["validation_loss"] for row in own]
         axes.plot([flops] * len(values), values, "o", color=colour, alpha=0.3, markersize=4)
-        axes.plot(flops, fmean(values), "_", color=colour, markersize=18)
-        axes.annotate(arm, (flops, fmean(values)), (8, -3), textcoords="offset points", fontsize=8)
+        axes.plot(flops, means[arm], "_", color=colour, markersize=18)
+        group = own[0]["flops"] > 1.1 * cheapest
+        at = labels[group] = max(means[arm], labels.get(group, 0.0) + apart)
+        axes.annotate(
+            arm, (flops, at), (12, -3), textcoords="offset points", fontsize=8, color=colour
+        )
     axes.margins(x=0.25)
     axes.set(xlabel="FLOPs of the run (10^12)", ylabel="validation loss (nats per token)")
     axes.set_title("final loss: each seed and the mean", fontsize=10)

@@ -404,3 +404,21 @@ def test_wrong_options(words, message, capsys):
     with pytest.raises(SystemExit):
         study.parse_args(words)
     assert message in capsys.readouterr().err
+
+
+def test_findings_show_the_committed_results():
+    from early_bird import analysis
+
+    runs, distances = analysis.read_results(FOLDER / "results")
+    trained = {run["arm"] for run in runs}
+    assert {(run["arm"], run["seed"]) for run in runs} == {
+        (arm, seed) for arm in trained for seed in study.SEEDS
+    }
+    for run in runs:
+        own = arms.plan(arms.ARMS[run["arm"]], arms.Size())
+        assert (run["flops"], run["steps_after_draw"]) == (own.flops, own.after)
+    tables = analysis.tables(runs, distances)
+    assert (FOLDER / "results" / "tables.md").read_text() == tables
+    findings = (FOLDER / "README.md").read_text()
+    for table in tables.strip().split("\n\n"):
+        assert table in findings
