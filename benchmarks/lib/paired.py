@@ -33,9 +33,13 @@ def read_csv(path: Path, words: Collection[str] = ("arm",)) -> list[Row]:
     """
     with path.open(newline="") as file:
         return [
-            {k: v if k in words else float(v) if "." in v or "e" in v else int(v) for k, v in r}
-            for r in (row.items() for row in csv.DictReader(file))
+            {key: value if key in words else _number(value) for key, value in row.items()}
+            for row in csv.DictReader(file)
         ]
+
+
+def _number(text: str) -> float | int:
+    return float(text) if "." in text or "e" in text or text == "nan" else int(text)
 
 
 def by_seed(runs: list[Row], arm: str, key: str = "validation_loss") -> dict[int, Any]:

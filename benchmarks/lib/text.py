@@ -1,6 +1,7 @@
-"""The study's text: the Python standard library's own source, split by file.
+"""The studies' text: the Python standard library's own source, split by file.
 
-    train, validation = prepare(folder)
+    train, validation, tokenizer = prepare(folder)
+    other, other_validation = prepare_headers(folder)    for a study of fine-tuning: C++
 
 Which files are held out depends on a hash of their paths, so that they are spread over the whole
 library. Every one gives its beginning only, so that no single file is most of a validation set;
@@ -33,9 +34,9 @@ class TextError(Exception):
     """The text could not be prepared."""
 
 
-def split(library: str) -> dict[str, list[str]]:
-    """Return {set: texts} of a folder of Python files."""
-    files = find_files([library], [".py"], EXCLUDE)
+def split(library: str, suffix: str = ".py") -> dict[str, list[str]]:
+    """Return {set: texts} of a folder of files with a suffix, such as Python files."""
+    files = find_files([library], [suffix], EXCLUDE)
 
     def path_hash(file: str) -> bytes:
         return hashlib.sha256(Path(file).relative_to(library).as_posix().encode()).digest()
@@ -70,6 +71,29 @@ def prepare(folder: Path) -> tuple[str, list[str], Path]:
         for name, texts in split(sysconfig.get_path("stdlib")).items():
             _tokenise(folder, name, texts, tokenizer)
     return prefixes["train"], [prefixes[name] for name in VALIDATION_SETS], tokenizer
+
+
+def prepare_headers(folder: Path) -> tuple[str, list[str]]:
+    """Tokenise torch's C++ headers with the tokenizer of `prepare`, unless it is done already.
+
+    Args:
+        folder: That `prepare` was given.
+
+    Returns:
+        The training set's prefix and those of the validation sets.
+
+    Raises:
+        TextError: It did not work; why is on stderr.
+    """
+    import torch
+
+    names = {name: f"headers_{name}" for name in ("train", *VALIDATION_SETS)}
+    prefixes = {name: str(folder / f"{own}_text_document") for name, own in names.items()}
+    if not all(Path(f"{prefix}.idx").exists() for prefix in prefixes.values()):
+        headers = Path(torch.__file__).parent / "include" / "torch"
+        for name, texts in split(str(headers), ".h").items():
+            _tokenise(folder, names[name], texts, folder / "train_tokenizer")
+    return prefixes["train"], [prefixes[name] for name in VALIDATION_SETS]
 
 
 def _tokenise(folder: Path, name: str, texts: list[str], tokenizer: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from lib import text
+from lib.samples import read_tokens
 from torch import Tensor
 
 CAUSAL, MASKED = "causal", "masked"
@@ -49,7 +50,7 @@ def read_texts(task: str, folder: Path) -> list[Tensor]:
     """
     if task == CAUSAL:
         train_prefix, validation_prefixes, _ = text.prepare(folder)
-        return [_read_tokens(prefix) for prefix in (train_prefix, *validation_prefixes)]
+        return [read_tokens(prefix) for prefix in (train_prefix, *validation_prefixes)]
     sets = text.split(sysconfig.get_path("stdlib"))
     return [_as_bytes(sets["train"])] + [
         _as_bytes([own[:EVALUATED_CHARACTERS] for own in sets[name]])
@@ -57,24 +58,9 @@ def read_texts(task: str, folder: Path) -> list[Tensor]:
     ]
 
 
-def _read_tokens(prefix: str) -> Tensor:
-    data = bytearray(Path(f"{prefix}.bin").read_bytes())
-    return torch.frombuffer(data, dtype=torch.int16).long()  # fewer than 2^15 tokens exist
-
-
 def _as_bytes(texts: list[str]) -> Tensor:
     joined = "".join(own + chr(END_OF_DOCUMENT) for own in texts)
     return torch.frombuffer(bytearray(joined.encode()), dtype=torch.uint8).long()
-
-
-def blocks(tokens: Tensor, seq_length: int) -> Tensor:
-    """Return all whole samples of a text and the token after each, [n, s + 1] views."""
-    return tokens.unfold(0, seq_length + 1, seq_length)
-
-
-def order(count: int, seed: int) -> Tensor:
-    """Return the numbers of `count` blocks in the order in which a seed reads them."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def batch(task: str, own: Tensor, seed: int, first: int) -> Batch:

@@ -15,7 +15,6 @@ keeps. Arms of one seed are compared pair by pair.
 
 import argparse
 import dataclasses
-import fcntl
 import json
 import math
 import signal
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, ins
 import torch
 from lib import text
 from lib.paired import Row, write_csv
+from lib.runs import StudyError, check_same_size, lock, note, positive, say
 
 from policies import analysis, picture
 from policies.arms import ARMS, LEVELS, SIZES, Size
@@ -37,15 +37,6 @@ from policies.samples import TASKS, read_texts
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = [1, 2, 3, 4, 5]
-
-
-class StudyError(Exception):
-    """Why the study cannot go on, in one sentence."""
-
-
-def say(message: str) -> None:
-    """Print at once."""
-    print(message, flush=True)
 
 
 def sizes(options: argparse.Namespace) -> dict[str, Size]:
@@ -62,22 +53,6 @@ def names(options: argparse.Namespace) -> list[str]:
 def run_file(options: argparse.Namespace, task: str, arm: str, seed: int) -> Path:
     """Return where a finished run is noted."""
     return options.folder / task / f"{arm.replace('/', '-')}-seed-{seed}.json"
-
-
-def check_same_size(folder: Path, size: Size) -> None:
-    """Note the size of the runs in a folder, or check that it is the same.
-
-    Raises:
-        StudyError: It is another.
-    """
-    noted, wanted = folder / "size.json", dataclasses.asdict(size)
-    if noted.exists() and json.loads(noted.read_text()) != wanted:
-        raise StudyError(
-            f"the runs in {folder} are of another size ({noted.name} there); remove it, or give "
-            "another --folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps(wanted) + "\n")
 
 
 def train_one(task: str, name: str, size: Size, seed: int, texts: list[torch.Tensor]) -> Row:
@@ -130,10 +105,8 @@ def train_all(options: argparse.Namespace) -> None:
     for number, (seed, task, name) in enumerate(runs, start=1):
         path = run_file(options, task, name, seed)
         what = f"[{number}/{len(runs)}] seed {seed} {task} {name}"
-        with path.with_suffix(".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with lock(path.with_suffix(".lock")) as is_free:
+            if not is_free:
                 say(f"{what}: another process trains it")
                 continue
             if path.exists():
@@ -141,9 +114,7 @@ def train_all(options: argparse.Namespace) -> None:
                 continue
             start = time.monotonic()
             row = train_one(task, name, sizes(options)[task], seed, texts[task])
-            unfinished = path.with_suffix(".new")
-            unfinished.write_text(json.dumps(row) + "\n")
-            unfinished.rename(path)
+            note(path, row)
         seconds = time.monotonic() - start
         say(f"{what}: validation loss {row['validation_loss']:.4f}, {seconds:.0f} s")
 
@@ -188,14 +159,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def positive(text: str) -> int:
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError(f"{text} is less than 1")
-        return value
-
-    positive.__name__ = "whole number"  # what argparse calls it
     add = parser.add_argument
     add("--seeds", type=positive, nargs="+", default=SEEDS, help="(default: 1 2 3 4 5)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: both)")
@@ -226,9 +189,9 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # shells have background jobs ignore the first
         signal.signal(number, signal.default_int_handler)
     try:
-        from policies import training
+        from lib.small_models import megatron  # it imports Megatron, and adapts it to the CPU
 
-        with training.megatron():
+        with megatron():
             train_all(options)
         write_results(options)
     except KeyboardInterrupt:

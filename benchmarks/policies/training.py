@@ -3,23 +3,17 @@
 Shapes: b samples, s sequence length.
 """
 
-import contextlib
-import math
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+from lib.samples import blocks, order
+from lib.small_models import EVALUATED, learning_rate  # before Megatron
 from torch import Tensor
 
 from megatron_rltd import RandomLTD
-from megatron_rltd.cpu import adapter
 
-if not torch.cuda.is_available():
-    adapter.enable()  # before Megatron is imported
-
-from megatron.core import parallel_state, tensor_parallel
+# isort: split
+from megatron.core import tensor_parallel
 from megatron.core.models.bert import bert_layer_specs
 from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.models.gpt import GPTModel
@@ -35,26 +29,7 @@ from policies.samples import (
     VOCABULARY,
     Batch,
     batch,
-    blocks,
-    order,
 )
-
-EVALUATED = 16  # samples in a pass
-
-
-@contextlib.contextmanager
-def megatron() -> Iterator[None]:
-    """Megatron's parallel state for this one process."""
-    with tempfile.TemporaryDirectory() as folder:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        store = f"file://{Path(folder) / 'store'}"
-        torch.distributed.init_process_group(backend, init_method=store, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        try:
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
 
 
 def build(task: str, size: Size, seed: int) -> Any:
@@ -92,19 +67,6 @@ def token_losses(model: Any, own: Batch) -> Tensor:
     return model(ids, positions, None, labels=labels).flatten()
 
 
-def learning_rate(step: int, size: Size) -> float:
-    """Return the rate of a step: a linear warm-up over a tenth of the run, then a cosine to 1%.
-
-    With a constant kept length, all steps cost the same: by samples or by LayerTokens, the schedule
-    is the same one.
-    """
-    warm_up = max(1, size.steps // 10)
-    if step < warm_up:
-        return size.lr * (step + 1) / warm_up
-    done = (step - warm_up) / max(1, size.steps - warm_up)
-    return size.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
-
-
 def train(task: str, arm: Arm, size: Size, seed: int, tokens: Tensor) -> tuple[Any, int]:
     """Train a model from scratch; return it and the LayerTokens it has processed.
 
@@ -126,6 +88,7 @@ def train(task: str, arm: Arm, size: Size, seed: int, tokens: Tensor) -> tuple[A
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
     text = blocks(tokens, size.seq_length)
     numbers = order(len(text), seed)
+    warm_up = max(1, size.steps // 10)
     for step in range(size.steps):
         first = step * size.batch_size
         if random_ltd is not None:
@@ -135,7 +98,9 @@ def train(task: str, arm: Arm, size: Size, seed: int, tokens: Tensor) -> tuple[A
         token_losses(model, own).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, size)
+            # With a constant kept length, all steps cost the same: by samples or by LayerTokens,
+            # the schedule is the same one.
+            group["lr"] = learning_rate(step, size.steps, size.lr, warm_up)
         optimizer.step()
         optimizer.zero_grad()
         if random_ltd is None:

@@ -15,6 +15,7 @@ from tests.parallel import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from lib import paired
+from lib.samples import blocks, order
 from policies import analysis, arms, samples, study
 
 FOLDER = ROOT / "benchmarks" / "policies"
@@ -143,10 +144,10 @@ def test_samples_of_both_tasks():
 
 
 def test_blocks_and_their_order():
-    found = samples.blocks(torch.arange(11), 3)
+    found = blocks(torch.arange(11), 3)
     assert found.tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
-    assert sorted(samples.order(9, 1).tolist()) == list(range(9))
-    assert samples.order(9, 1).tolist() != samples.order(9, 2).tolist()
+    assert sorted(order(9, 1).tolist()) == list(range(9))
+    assert order(9, 1).tolist() != order(9, 2).tolist()
 
 
 TINY_ARMS = ["dense", "mild/bypass-half", "severe/random", "severe/balanced"]

@@ -1,0 +1,1 @@
+"""Are Early-Bird tickets worth having: a study with controls. See README.md."""
