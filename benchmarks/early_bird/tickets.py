@@ -62,7 +62,7 @@ def choose(units: str, model: Any, step: int, size: Size, seed: int) -> Mask:
             of_units = {kind: -value for kind, value in importance(weights, shape).items()}
             bits = target.least(of_units, shape)
         else:
-            bits = target.random_mask_of_layer(number, shape, seed)
+            bits = target.random_mask_of_layer(number, shape, seed, size.hidden_size)
         for kind, packed in bits.items():
             pruned[kind][number] = packed
     return Mask(step, target.units(shape, 0), pruned)

@@ -11,6 +11,7 @@ LINKS = {
     "](examples/early_bird/": "](early_bird_gpt3/",  # early_bird.md has the other name
     "](examples/": "](",
     "](benchmarks/policies/": "](policies_study/",  # policies.md has the other name
+    "](benchmarks/early_bird/": "](early_bird_study/",
     "](benchmarks/": "](",
     "](docs/": "](",
     "](CONTRIBUTING.md": "](contributing.md",
