@@ -16,10 +16,8 @@ seed read the same samples in the same order, so that they are compared pair by 
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, installed or not
@@ -30,7 +28,7 @@ import training
 from arms import ARMS, BATCH_SIZE, FEWEST_STEPS, SEQ_LENGTH, flags, planned
 from lib import text
 from lib.paired import write_csv
-from training import StudyError, say
+from lib.runs import StudyError, add_options, at_least, finish, parse, say
 
 from megatron_rltd.commands.compare.run_logs import LogError
 
@@ -118,37 +116,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def whole(least: int) -> Any:
-        def number(text: str) -> int:
-            value = int(text)
-            if value < least:
-                raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-            return value
-
-        number.__name__ = "whole number"  # what argparse calls it
-        return number
-
     add = parser.add_argument
-    add("--seeds", type=whole(1), nargs="+", default=SEEDS, help="(default: 1 2 3)")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="(default: all)")
     help_text = "of the dense run; all other lengths follow (default: %(default)s)"
-    add("--steps", type=whole(FEWEST_STEPS), default=STEPS, help=help_text)
+    add("--steps", type=at_least(FEWEST_STEPS), default=STEPS, help=help_text)
     help_text = "peak learning rate, of all arms (default: %(default)s)"
     add("--lr", type=float, default=LR, help=help_text)
     help_text = "of the validation loss during the dense run (default: %(default)s)"
-    add("--evaluations", type=whole(1), default=EVALUATIONS, help=help_text)
-    help_text = "where runs and data go (default: runs/convergence)"
-    add("--folder", type=Path, default=ROOT / "runs" / "convergence", help=help_text)
-    help_text = "where tables and plot go (default: FOLDER/results)"
-    add("--results", type=Path, help=help_text)
-    add("--list", action="store_true", help="print the arms and stop")
-    options = parser.parse_args(argv)
-    for name in ("seeds", "arms"):
-        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
-    options.folder = options.folder.absolute()
-    options.results = (options.results or options.folder / "results").absolute()
-    return options
+    add("--evaluations", type=at_least(1), default=EVALUATIONS, help=help_text)
+    add_options(parser, "convergence", SEEDS)
+    return parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -157,22 +134,16 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print(listing(options.steps))
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM):  # shells have background jobs ignore the first
-        signal.signal(number, signal.default_int_handler)
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     )
-    try:
+
+    def study() -> None:
         options.results.mkdir(parents=True, exist_ok=True)
         train_all(options)
         write_results(options)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except (StudyError, text.TextError, LogError, OSError) as error:
-        print(f"study: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return finish(study, text.TextError, LogError)
 
 
 if __name__ == "__main__":

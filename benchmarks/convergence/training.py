@@ -13,11 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, installed or not
 
 import analysis
 import torch
 from arms import BATCH_SIZE, NUM_LAYERS, SEQ_LENGTH, Arm, flags, planned
+from lib.runs import StudyError, say
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOG_LINES = 15
@@ -40,15 +42,6 @@ DATA_FLAGS = """
     --no-create-attention-mask-in-dataloader --num-workers 0
 """.split()
 LOGGING_FLAGS = "--tensorboard-log-interval 1 --log-throughput --log-timers-to-tensorboard".split()
-
-
-class StudyError(Exception):
-    """Why the study cannot go on, in one sentence."""
-
-
-def say(message: str) -> None:
-    """Print at once."""
-    print(message, flush=True)
 
 
 def run_flags(arm: Arm, steps: int, seed: int, lr: float, evaluations: int) -> list[str]:

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 import warnings
@@ -30,11 +29,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, ins
 
 from lib import text
 from lib.paired import Row, write_csv
-from lib.runs import StudyError, check_same_size, lock, note, positive, say
+from lib.runs import (
+    StudyError,
+    add_options,
+    at_least,
+    check_same_size,
+    finish,
+    lock,
+    note,
+    parse,
+    say,
+)
 
 from early_bird.arms import ALL, ARMS, EQUAL_STEPS, PRETRAINING, TUNING, Arm, Size, plan
 
-ROOT = Path(__file__).resolve().parents[2]
 SEEDS = [1, 2, 3]
 
 
@@ -195,21 +203,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--seeds", type=positive, nargs="+", default=SEEDS, help="(default: 1 2 3)")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="(default: all)")
     help_text = f"of the dense run; all other lengths follow (default: {Size.steps})"
-    add("--steps", type=positive, help=help_text)
-    help_text = "where finished runs and data go (default: runs/early_bird)"
-    add("--folder", type=Path, default=ROOT / "runs" / "early_bird", help=help_text)
-    help_text = "where tables and plot go (default: FOLDER/results)"
-    add("--results", type=Path, help=help_text)
-    add("--list", action="store_true", help="print the arms and stop")
-    options = parser.parse_args(argv)
-    for name in ("seeds", "arms"):
-        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
-    options.folder = options.folder.absolute()
-    options.results = (options.results or options.folder / "results").absolute()
-    return options
+    add("--steps", type=at_least(1), help=help_text)
+    add_options(parser, "early_bird", SEEDS)
+    return parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -218,21 +216,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print(listing(options))
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM):  # shells have background jobs ignore the first
-        signal.signal(number, signal.default_int_handler)
-    try:
+
+    def study() -> None:
         from lib.small_models import megatron  # it imports Megatron, and adapts it to the CPU
 
         with megatron():
             train_all(options)
         write_results(options)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except (StudyError, text.TextError, OSError) as error:
-        print(f"study: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return finish(study, text.TextError)
 
 
 if __name__ == "__main__":

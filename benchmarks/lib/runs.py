@@ -1,13 +1,17 @@
-"""The runs of a study in a folder: noted when finished, locked while in training, of one size."""
+"""What studies share: their options, how they end, and runs that are noted when finished."""
 
 import argparse
 import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class StudyError(Exception):
@@ -19,15 +23,66 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
-def positive(text: str) -> int:
-    """Return the whole number that an option gives, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    """Return how argparse reads a whole number that is not less."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
+
+    number.__name__ = "whole number"  # what argparse calls it
+    return number
 
 
-positive.__name__ = "whole number"  # what argparse calls it
+def add_options(parser: argparse.ArgumentParser, name: str, seeds: list[int]) -> None:
+    """Add what every study has: --seeds, --folder, --results and --list.
+
+    Args:
+        parser: Of the study.
+        name: Of its folder in runs/.
+        seeds: By default.
+    """
+    add = parser.add_argument
+    text = f"(default: {' '.join(map(str, seeds))})"
+    add("--seeds", type=at_least(1), nargs="+", default=seeds, help=text)
+    text = f"where finished runs and data go (default: runs/{name})"
+    add("--folder", type=Path, default=ROOT / "runs" / name, help=text)
+    add("--results", type=Path, help="where tables and plot go (default: FOLDER/results)")
+    add("--list", action="store_true", help="print the arms and stop")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Return the options of a study: paths absolute, nothing twice in a list."""
+    options = parser.parse_args(argv)
+    for name, value in vars(options).items():
+        if isinstance(value, list):
+            setattr(options, name, list(dict.fromkeys(value)))
+    options.folder = options.folder.absolute()
+    options.results = (options.results or options.folder / "results").absolute()
+    return options
+
+
+def finish(study: Callable[[], None], *errors: type[Exception]) -> int:
+    """Train and compare; return the exit status.
+
+    Args:
+        study: Continues where it was stopped.
+        errors: What ends it with one line, besides StudyError and OSError.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # shells have background jobs ignore the first
+        signal.signal(number, signal.default_int_handler)
+    expected: tuple[type[Exception], ...] = (StudyError, OSError, *errors)
+    try:
+        study()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except expected as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def check_same_size(folder: Path, size: Any) -> None:

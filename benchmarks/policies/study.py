@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 import warnings
@@ -29,13 +28,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the package, ins
 import torch
 from lib import text
 from lib.paired import Row, write_csv
-from lib.runs import StudyError, check_same_size, lock, note, positive, say
+from lib.runs import (
+    StudyError,
+    add_options,
+    at_least,
+    check_same_size,
+    finish,
+    lock,
+    note,
+    parse,
+    say,
+)
 
 from policies import analysis, picture
 from policies.arms import ARMS, LEVELS, SIZES, Size
 from policies.samples import TASKS, read_texts
 
-ROOT = Path(__file__).resolve().parents[2]
 SEEDS = [1, 2, 3, 4, 5]
 
 
@@ -160,24 +168,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--seeds", type=positive, nargs="+", default=SEEDS, help="(default: 1 2 3 4 5)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: both)")
     choices = [*ARMS, *LEVELS]
     help_text = "arms, or levels for all of their arms (default: all)"
     add("--arms", nargs="+", choices=choices, default=choices, metavar="ARM", help=help_text)
     steps = ", ".join(f"{task} {size.steps}" for task, size in SIZES.items())
-    add("--steps", type=positive, help=f"of every run (default: {steps})")
-    help_text = "where finished runs and data go (default: runs/policies)"
-    add("--folder", type=Path, default=ROOT / "runs" / "policies", help=help_text)
-    help_text = "where tables and plot go (default: FOLDER/results)"
-    add("--results", type=Path, help=help_text)
-    add("--list", action="store_true", help="print the arms and stop")
-    options = parser.parse_args(argv)
-    for name in ("seeds", "tasks", "arms"):
-        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
-    options.folder = options.folder.absolute()
-    options.results = (options.results or options.folder / "results").absolute()
-    return options
+    add("--steps", type=at_least(1), help=f"of every run (default: {steps})")
+    add_options(parser, "policies", SEEDS)
+    return parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,21 +184,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print(listing(options))
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM):  # shells have background jobs ignore the first
-        signal.signal(number, signal.default_int_handler)
-    try:
+
+    def study() -> None:
         from lib.small_models import megatron  # it imports Megatron, and adapts it to the CPU
 
         with megatron():
             train_all(options)
         write_results(options)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except (StudyError, text.TextError, OSError) as error:
-        print(f"study: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return finish(study, text.TextError)
 
 
 if __name__ == "__main__":

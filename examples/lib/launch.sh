@@ -196,8 +196,9 @@ train_here() {
   local rank pid status=0 alive pids=()
   for ((rank = 0; rank < world; rank++)); do
     # In a group of its own, which a terminal's Ctrl-C does not reach and which can be killed as one.
+    # It keeps the lock: if this script is killed, it trains on, and nothing may write beside it.
     SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=$world MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} \
-      setsid "${RANK_COMMAND[@]}" </dev/null 9>&- &
+      setsid "${RANK_COMMAND[@]}" </dev/null &
     pids+=($!)
   done
   # shellcheck disable=SC2317  # called by the trap

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from megatron_rltd.config import ConfigError
+from megatron_rltd.early_bird.target import DRAW, TICKET
 from megatron_rltd.early_bird.units import ModelShape
 from megatron_rltd.refusals import Refusal
 
@@ -132,3 +134,35 @@ def find_refused_in_run(args: Any) -> list[str]:
     if args.no_save_optim:
         found.append("--no-save-optim would lose what the ticket continues with: omit it")
     return found
+
+
+def refuse_other_sizes(checkpoint_args: Any, args: Any) -> None:
+    """Refuse to load the checkpoint of a dense model as its ticket, or the other way round.
+
+    Args:
+        checkpoint_args: Those of the run or the draw that wrote it.
+        args: Megatron's.
+
+    Raises:
+        ConfigError: It names the flags of sizes that differ.
+    """
+    names = ["num_attention_heads", "kv_channels", "ffn_hidden_size"]
+    if all(getattr(a, "group_query_attention", False) for a in (args, checkpoint_args)):
+        names.append("num_query_groups")
+    differing, is_smaller = [], True
+    for name in names:
+        ours, theirs = getattr(args, name, None), getattr(checkpoint_args, name, None)
+        if ours is not None and theirs is not None and ours != theirs:
+            differing.append(f"--{name.replace('_', '-')} {ours} (checkpoint: {theirs})")
+            # Without its flag, the size of a head follows from their number.
+            is_smaller = is_smaller and (ours < theirs or name == "kv_channels")
+    if not differing:
+        return
+    way_out = "give the sizes of the checkpoint"
+    if getattr(checkpoint_args, TICKET, None):
+        way_out = "it is a ticket: give the flags that draw_ticket.py printed"
+    elif is_smaller:
+        way_out = f"to continue with a ticket of it, draw one with {DRAW} and load that"
+    raise ConfigError(
+        [f"the checkpoint's model has other sizes than {', '.join(differing)}: {way_out}"]
+    )

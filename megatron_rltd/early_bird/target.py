@@ -23,6 +23,7 @@ from megatron_rltd.early_bird.units import (
 
 # On args of a checkpoint that was drawn: the target, and how its units were chosen.
 TICKET = "early_bird_ticket"
+DRAW = "tools/checkpoint/draw_ticket.py"
 NEURONS = 16  # FP8 needs multiples of it
 
 

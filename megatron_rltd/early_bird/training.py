@@ -27,12 +27,13 @@ from megatron_rltd.early_bird.arguments import (
 from megatron_rltd.early_bird.history import HistoryError
 from megatron_rltd.early_bird.masks import Mask
 from megatron_rltd.early_bird.model import Ranks, layers_of, take_mask
+from megatron_rltd.early_bird.refusals import refuse_other_sizes
 from megatron_rltd.early_bird.search import Check, check, describe
-from megatron_rltd.early_bird.target import TICKET, Target
+from megatron_rltd.early_bird.target import DRAW, TICKET, Target
 from megatron_rltd.early_bird.units import ModelShape
+from megatron_rltd.training.checkpoint import args_to_load
 
 DISTANCE = "early-bird distance"
-_DRAW = "tools/checkpoint/draw_ticket.py"
 
 
 class Search:
@@ -79,15 +80,20 @@ class Search:
         """Continue the search of a checkpoint, or end at once if it has its ticket.
 
         Raises:
-            ConfigError: The masks beside the checkpoint are for another ticket, or damaged; the run
-                ends before a check; or there is no zero to keep.
+            ConfigError: The checkpoint's model has other sizes, zeros that would be lost, or none
+                to keep; the masks beside it are for another ticket, or damaged; or the run ends
+                before a check.
             ModelError: The model is not a GPTModel.
-            SystemExit: The ticket emerged before.
+            SystemExit: The search ended before.
         """
-        result = original(*args, **kwargs)
         from megatron.training import get_args, print_rank_0
 
         megatrons = get_args()
+        stored = args_to_load(megatrons)
+        if stored is not None:
+            refuse_other_sizes(stored, megatrons)
+            zeros.require_choice(stored, megatrons)
+        result = original(*args, **kwargs)
         if getattr(megatrons, zeros.NAME) and not megatrons.skip_train:
             share = zeros.keep(result[0], result[1])
             print_rank_0(f"early-bird: {share:.2%} of the layers' weights are zero and stay zero")
@@ -99,9 +105,9 @@ class Search:
         emerged = getattr(megatrons, EMERGED)
         if emerged and self.options.exit and not megatrons.skip_train:
             print_rank_0(
-                f"early-bird: the ticket emerged at iteration {emerged}, and the checkpoint of "
-                f"iteration {megatrons.iteration} is there: draw it with {_DRAW}, or go on with "
-                f"the dense model by --no-early-bird-exit"
+                f"early-bird: the search ended with the masks of iteration {emerged}, and the "
+                f"checkpoint of iteration {megatrons.iteration} is there: draw its ticket with "
+                f"{DRAW}, or go on with the dense model by --no-early-bird-exit"
             )
             raise SystemExit(0)
         self._resume(self.options, megatrons, layers)
@@ -111,13 +117,7 @@ class Search:
     def check_checkpoint_args(
         self, original: Callable, checkpoint_args: Any, *rest: Any, **kwargs: Any
     ) -> Any:
-        """Take over what the checkpoint is a ticket of, and whether the one looked for has emerged.
-
-        Raises:
-            ConfigError: The checkpoint's model has other sizes, or zeros that would be lost.
-        """
-        _refuse_other_sizes(checkpoint_args, self._args)
-        zeros.require_choice(checkpoint_args, self._args)
+        """Take over what the checkpoint is a ticket of, and whether the one looked for is there."""
         result = original(checkpoint_args, *rest, **kwargs)
         ticket = getattr(checkpoint_args, TICKET, None)
         if ticket is not None:
@@ -187,7 +187,7 @@ class Search:
                 train_data_iterator=bound["train_data_iterator"],
             )
         ends = "the run ends" if self.options.exit else "the run goes on"
-        print_rank_0(f"early-bird: saved iteration {iteration} and {ends}; draw it with {_DRAW}")
+        print_rank_0(f"early-bird: saved iteration {iteration} and {ends}; draw it with {DRAW}")
         return should_exit or self.options.exit
 
     # What the seams share.
@@ -310,26 +310,6 @@ def _last_masks(options: Options, args: Any) -> list[Mask]:
                     history.write(save, mask, options.target, options.interval)
             return masks
     return []
-
-
-def _refuse_other_sizes(checkpoint_args: Any, args: Any) -> None:
-    names = {"num_attention_heads": "--num-attention-heads", "ffn_hidden_size": "--ffn-hidden-size"}
-    differing, is_smaller = [], True
-    for name, flag in names.items():
-        ours, theirs = getattr(args, name, None), getattr(checkpoint_args, name, None)
-        if ours != theirs:
-            differing.append(f"{flag} {ours} (checkpoint: {theirs})")
-            is_smaller = is_smaller and (ours or 0) < (theirs or 0)
-    if not differing:
-        return
-    way_out = "give the sizes of the checkpoint"
-    if getattr(checkpoint_args, TICKET, None):
-        way_out = "it is a ticket: give the flags that draw_ticket.py printed"
-    elif is_smaller:
-        way_out = f"to continue with a ticket of it, draw one with {_DRAW} and load that"
-    raise ConfigError(
-        [f"the checkpoint's model has other sizes than {', '.join(differing)}: {way_out}"]
-    )
 
 
 def _described(options: Options) -> str:

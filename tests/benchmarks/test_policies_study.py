@@ -154,10 +154,11 @@ TINY_ARMS = ["dense", "mild/bypass-half", "severe/random", "severe/balanced"]
 # A study of little text. With a number, it gets a Ctrl-C in the run of that number.
 TINY = f"""
 import os, signal, sys
+from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
 from lib import text
 from policies import study, training
-own = [path.read_text()[:4000] for path in sorted(study.ROOT.glob("megatron_rltd/*.py"))]
+own = [path.read_text()[:4000] for path in sorted(Path({str(ROOT)!r}).glob("megatron_rltd/*.py"))]
 text.split = lambda _: {{"train": own[2:], "validation_a": own[:1], "validation_b": own[1:2]}}
 runs, train, stopped_at = [], training.train, int(sys.argv.pop(1))
 def counted(*args):

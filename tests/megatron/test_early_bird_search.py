@@ -181,7 +181,7 @@ def test_the_search_changes_nothing_and_ends_the_run(dense, tmp_path, capsys):
     # The same command again does not train on.
     again = train(f"{command} --save-interval 100")
     assert again.losses == []
-    assert "the ticket emerged at iteration 5, and the checkpoint of iteration 6" in again.output
+    assert "ended with the masks of iteration 5, and the checkpoint of iteration 6" in again.output
     # Nor does that of another ticket end at once, but it says what is in the way.
     other = command.replace("ffn-hidden-size 32", "ffn-hidden-size 64")
     with pytest.raises(RankError, match="masks_.* was taken for another ticket"):

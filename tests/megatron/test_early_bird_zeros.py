@@ -184,5 +184,7 @@ def test_nothing_to_keep_and_forgotten_flags_stop_a_run(dense, sparse):
         train(f"{RUN} {KEEP} --load {dense['plain fp32']}")
     with pytest.raises(RankError, match="weights that were pruned to zero"):
         train(f"{RUN} {LTD} --load {sparse['plain fp32', 'unstructured']}")
+    with pytest.raises(RankError, match="weights that were pruned to zero"):
+        train(f"{RUN} {LTD} --finetune --load {sparse['plain fp32', 'unstructured']}")
     with pytest.raises(RankError, match=f"{KEEP}: keeps the zeros of the checkpoint .* --load"):
         train(f"{RUN} {KEEP}")

@@ -12,7 +12,7 @@ import torch
 from megatron_rltd.early_bird.masks import distance
 from megatron_rltd.early_bird.target import Target
 from tests.megatron.test_training import BASE, LTD
-from tests.parallel import train
+from tests.parallel import RankError, train
 
 import draw_ticket  # isort: skip  from tools, which tests.parallel puts on the path
 import hf_checkpoint
@@ -203,6 +203,15 @@ def test_a_ticket_continues_on_another_layout(tickets):
     one, pipeline = train(f"{options} {overlap}", 2), train(f"{options} {PP2}", 2)
     assert_near(one.losses, pipeline.losses, 2e-3)  # bf16
     assert one.learning_rates == pipeline.learning_rates
+
+
+def test_sizes_that_are_not_the_checkpoints(dense, tickets):
+    flags = f"{BASE} {LAYER_TOKENS} {FORMAT}"
+    sizes = "--num-attention-heads 3 --kv-channels 8 --ffn-hidden-size 64"
+    with pytest.raises(RankError, match="heads 3 .checkpoint: 4., .* draw one with"):
+        train(f"{flags} {sizes} --load {dense['gpt2']}")
+    with pytest.raises(RankError, match="heads 4 .checkpoint: 3., .*: it is a ticket: give the fl"):
+        train(f"{flags} --load {tickets['gpt2'][0]}")
 
 
 def test_a_random_ticket_is_that_of_its_seed(dense):

@@ -17,10 +17,11 @@ from megatron_rltd.early_bird.arguments import (
 )
 from megatron_rltd.early_bird.history import HistoryError
 from megatron_rltd.early_bird.masks import Mask
+from megatron_rltd.early_bird.refusals import refuse_other_sizes
 from megatron_rltd.early_bird.rule import Rule
 from megatron_rltd.early_bird.search import check, describe
 from megatron_rltd.early_bird.target import Target
-from megatron_rltd.early_bird.training import _last_masks, _refuse_other_sizes
+from megatron_rltd.early_bird.training import _last_masks
 
 MODEL = {
     "num_layers": 4,
@@ -168,14 +169,20 @@ def test_flags_without_the_flag():
 def test_a_checkpoint_of_other_sizes_is_refused_with_the_way_out():
     dense = SimpleNamespace(num_attention_heads=16, ffn_hidden_size=256)
     ours = SimpleNamespace(num_attention_heads=12, ffn_hidden_size=256)
-    _refuse_other_sizes(dense, dense)
+    refuse_other_sizes(dense, dense)
     with pytest.raises(ConfigError, match=r"heads 12 \(checkpoint: 16\): .* draw one with"):
-        _refuse_other_sizes(dense, ours)
+        refuse_other_sizes(dense, ours)
     ticket = SimpleNamespace(**vars(ours), early_bird_ticket={"signal": "norm"})
     with pytest.raises(ConfigError, match=r"heads 16 \(checkpoint: 12\): it is a ticket"):
-        _refuse_other_sizes(ticket, dense)
+        refuse_other_sizes(ticket, dense)
     with pytest.raises(ConfigError, match=r"heads 16 \(checkpoint: 12\): give the sizes of"):
-        _refuse_other_sizes(ours, dense)
+        refuse_other_sizes(ours, dense)
+    grouped = {"group_query_attention": True, "num_query_groups": 8}
+    with pytest.raises(ConfigError, match=r"than --num-query-groups 4 \(checkpoint: 8\): .* draw"):
+        refuse_other_sizes(
+            SimpleNamespace(**vars(dense), **grouped),
+            SimpleNamespace(**vars(dense), **{**grouped, "num_query_groups": 4}),
+        )
 
 
 TARGET, UNITS = Target(ffn_hidden_size=3), {"ffn": 5}
