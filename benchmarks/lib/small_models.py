@@ -16,7 +16,7 @@ import torch
 from megatron_rltd.cpu import adapter
 
 if not torch.cuda.is_available():
-    adapter.enable()  # before Megatron is imported
+    ADAPTED = adapter.enable()  # before Megatron is imported
 
 from megatron.core import parallel_state
 

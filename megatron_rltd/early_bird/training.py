@@ -86,15 +86,17 @@ class Search:
             ModelError: The model is not a GPTModel.
             SystemExit: The search ended before.
         """
-        from megatron.training import get_args, print_rank_0
+        megatrons = self._args
+        if megatrons is None:  # a loop that checks its arguments by itself
+            return original(*args, **kwargs)
+        from megatron.training import print_rank_0
 
-        megatrons = get_args()
         stored = args_to_load(megatrons)
         if stored is not None:
             refuse_other_sizes(stored, megatrons)
             zeros.require_choice(stored, megatrons)
         result = original(*args, **kwargs)
-        if getattr(megatrons, zeros.NAME) and not megatrons.skip_train:
+        if getattr(megatrons, zeros.NAME, None) and not megatrons.skip_train:
             share = zeros.keep(result[0], result[1])
             print_rank_0(f"early-bird: {share:.2%} of the layers' weights are zero and stay zero")
         if self.options is None:

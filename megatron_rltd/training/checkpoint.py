@@ -38,11 +38,10 @@ def args_to_load(args: Any) -> Any:
     from megatron.core import dist_checkpointing
     from megatron.training import checkpointing
 
-    load = args.load
-    if not checkpointing.checkpoint_exists(load):
-        load = getattr(args, "pretrained_checkpoint", None)
-        if not checkpointing.checkpoint_exists(load):
-            return None
+    folders = (getattr(args, name, None) for name in ("load", "pretrained_checkpoint"))
+    load = next((f for f in folders if f and checkpointing.checkpoint_exists(f)), None)
+    if load is None:
+        return None
     tracker = checkpointing.get_checkpoint_tracker_filename(load)
     iteration, release = checkpointing.read_metadata(tracker)
     iteration = getattr(args, "ckpt_step", None) or iteration

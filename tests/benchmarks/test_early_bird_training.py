@@ -19,10 +19,13 @@ from early_bird import arms, study
 @pytest.fixture(scope="module")
 def training():
     from early_bird import training
-    from lib.small_models import megatron
+    from lib import small_models
 
-    with megatron():
+    with small_models.megatron():
         yield training
+    # Other tests of this process begin without the adapter.
+    if not torch.cuda.is_available():
+        small_models.ADAPTED.revert()
 
 
 @pytest.fixture

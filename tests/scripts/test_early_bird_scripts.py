@@ -71,6 +71,7 @@ case " $* " in
     exit ;;
 esac
 echo "rank $RANK trains in $folder"
+if [ "$STUB" = slow-train ]; then exec sleep 601; fi
 [ "$RANK" = 0 ] || exit 0
 [ ! -e "$folder/emerged" ] || exit 0
 mkdir -p "$folder"
@@ -295,6 +296,32 @@ def test_a_draw_that_fails_or_is_stopped_is_made_again(tmp_path):
     assert not list((folder / "ticket").glob(".checkpoints-*"))
 
 
+@pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock")
+def test_ranks_of_a_killed_script_keep_others_out(tmp_path):
+    settings = environment(
+        SCALE="smoke", RUN_DIR=tmp_path / "run", PYTHON=stub_in(tmp_path), STUB="slow-train"
+    )
+    with subprocess.Popen(
+        ["bash", str(FOLDER / "ticket_300b.sh")],
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        while "trains in" not in process.stdout.readline():
+            assert process.poll() is None
+        process.kill()
+        process.wait(60)
+        status, _, said = stubbed(tmp_path)
+        left = drawing(tmp_path, b"601")
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        process.stdout.close()
+    assert left
+    assert status == 2 and "another run writes to" in said
+    assert stubbed(tmp_path)[0] == 130
+
+
 def test_a_search_that_is_stopped_as_it_ends_draws_nothing(tmp_path):
     assert stubbed(tmp_path)[0] == 130
     status, output, said = stubbed(tmp_path, STUB="stopped")
@@ -305,8 +332,8 @@ def test_a_search_that_is_stopped_as_it_ends_draws_nothing(tmp_path):
     assert status == 0 and "draws --load" in output, output + said
 
 
-def drawing(folder) -> list[int]:
-    """Return the stand-ins for the draw that are alive."""
+def drawing(folder, seconds=b"600") -> list[int]:
+    """Return the stand-ins for the draw, or the ranks, that are alive: they sleep so long."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -315,7 +342,7 @@ def drawing(folder) -> list[int]:
         except OSError:  # it has ended, or is another user's
             continue
         is_ours = f"\0RUN_DIR={folder / 'run'}".encode() in b"\0" + values
-        if is_ours and b"sleep" in words or str(folder / "python").encode() in words:
+        if is_ours and seconds in words or str(folder / "python").encode() in words:
             found.append(int(entry.name))
     return found
 

@@ -9,15 +9,16 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_rltd.commands.plan import flops
 from megatron_rltd.commands.plan.planned_run import PlannedRun, Segment
-from megatron_rltd.early_bird.arguments import FLAG, PREFIX, Options, options_of
-from megatron_rltd.early_bird.masks import STRUCTURED
-from megatron_rltd.early_bird.units import ModelShape
 from megatron_rltd.resolved_config import ResolvedConfig
 from megatron_rltd.schedule import Progress
+
+if TYPE_CHECKING:  # they import torch, which a plan does only after it has checked its options
+    from megatron_rltd.early_bird.arguments import Options
+    from megatron_rltd.early_bird.units import ModelShape
 
 SHARES = (10, 20)  # percent of the run after which the ticket may be drawn
 
@@ -54,8 +55,8 @@ class Ticket:
         draws: Runs that draw it at different times; all have the iterations of the planned run.
     """
 
-    dense: ModelShape
-    kept: ModelShape
+    dense: "ModelShape"
+    kept: "ModelShape"
     step: float
     ticket_step: float
     draws: list[Draw]
@@ -82,6 +83,10 @@ def find_ticket(
     """
     if not getattr(args, "early_bird", False):
         return None, []
+    from megatron_rltd.early_bird.arguments import FLAG, PREFIX, options_of
+    from megatron_rltd.early_bird.masks import STRUCTURED
+    from megatron_rltd.early_bird.units import ModelShape
+
     options = options_of(args)
     if options.target.pattern != STRUCTURED:
         return None, [
@@ -123,7 +128,7 @@ def find_ticket(
     return ticket, [*said, f"only the part about {FLAG} takes a ticket into account"]
 
 
-def _with_sizes(args: Any, shape: ModelShape) -> Any:
+def _with_sizes(args: Any, shape: "ModelShape") -> Any:
     small = copy.copy(args)
     small.num_attention_heads = shape.num_attention_heads
     small.num_query_groups = shape.num_query_groups
@@ -132,7 +137,7 @@ def _with_sizes(args: Any, shape: ModelShape) -> Any:
     return small
 
 
-def _latest_draw(options: Options, run: PlannedRun) -> int | None:
+def _latest_draw(options: "Options", run: PlannedRun) -> int | None:
     """Return after which iteration the run stops at the latest; None if it ends before.
 
     The step after iteration n checks the weights of n iterations, and ends before the run stops.
