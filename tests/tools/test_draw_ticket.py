@@ -330,6 +330,7 @@ def test_counts_and_iterations_that_do_not_fit(dense, tmp_path, capsys, options,
         (["--save", "new", "--seed", "1"], "--seed is for --signal random only"),
         (["--save", "new", "--window", "3"], "--window is for --history only"),
         (["--history", "--window", "1"], "--window must be at least 2"),
+        (["--history", "{there}/no/a.png"], "there is no folder for the picture"),
         (["--history", "--threshold", "2"], "--threshold must be from 0 to 1"),
     ],
 )

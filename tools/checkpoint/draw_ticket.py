@@ -82,6 +82,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         options.history = Path(options.history)
         if options.history.exists():
             parser.error(f"--history {options.history} exists; name a new picture")
+        if not options.history.absolute().parent.is_dir():
+            parser.error(f"--history {options.history}: there is no folder for the picture")
     return options
 
 

@@ -79,7 +79,8 @@ class Dense:
         if not any(name.startswith(_STATE) for name in self._tensors):
             raise ConversionError(
                 f"{self.folder} holds no state of the optimizer (--no-save-optim?), so that the "
-                "ticket could not continue the run: draw from a checkpoint that has it"
+                "ticket could not continue the run, not with --reset-optimizer either: draw from a "
+                "checkpoint that has it"
             )
 
     def require_model_of(self, other: "Dense") -> None:
