@@ -24,6 +24,7 @@ from megatron_rltd.early_bird.arguments import (
     options_of,
     refuse_without_flag,
 )
+from megatron_rltd.early_bird.checkpoint import args_to_load
 from megatron_rltd.early_bird.history import HistoryError
 from megatron_rltd.early_bird.masks import Mask
 from megatron_rltd.early_bird.model import Ranks, layers_of, take_mask
@@ -31,7 +32,6 @@ from megatron_rltd.early_bird.refusals import refuse_other_sizes
 from megatron_rltd.early_bird.search import Check, check, describe
 from megatron_rltd.early_bird.target import DRAW, TICKET, Target
 from megatron_rltd.early_bird.units import ModelShape
-from megatron_rltd.training.checkpoint import args_to_load
 
 DISTANCE = "early-bird distance"
 
@@ -93,7 +93,8 @@ class Search:
 
         stored = args_to_load(megatrons)
         if stored is not None:
-            refuse_other_sizes(stored, megatrons)
+            if not getattr(megatrons, "moe_use_upcycling", False):  # loads a model of other sizes
+                refuse_other_sizes(stored, megatrons)
             zeros.require_choice(stored, megatrons)
         result = original(*args, **kwargs)
         if getattr(megatrons, zeros.NAME, None) and not megatrons.skip_train:
