@@ -188,3 +188,20 @@ def test_nothing_to_keep_and_forgotten_flags_stop_a_run(dense, sparse):
         train(f"{RUN} {LTD} --finetune --load {sparse['plain fp32', 'unstructured']}")
     with pytest.raises(RankError, match=f"{KEEP}: keeps the zeros of the checkpoint .* --load"):
         train(f"{RUN} {KEEP}")
+
+
+def test_zeros_outlast_steps_that_fp16_skips(tmp_path):
+    # A loss scale so large that gradients overflow until it has been halved often enough.
+    options = f"{RUN} --fp16 --hysteresis 1 --initial-loss-scale {2**19}"
+    train(f"{options} {SAVED} --save {tmp_path / 'dense'}")
+    load = draw(tmp_path / "dense", tmp_path / "sparse", "--pattern", "2:4")
+    save = tmp_path / "run"
+    found = train(f"{options} {KEEP} --load {load} --save {save} --save-interval 2")
+    skipped = re.findall(r"number of skipped iterations: +(\d)", found.output)
+    assert set(skipped) == {"0", "1"} and len(skipped) == 4
+    before, after = contents(load, 2)[0], contents(save, 6)[0]
+    expected, zeros = zeros_of(before), zeros_of(after)
+    assert len(zeros) == 2 * len(MATRICES)
+    for name, mask in zeros.items():
+        assert torch.equal(mask, expected[name]), name
+        assert not torch.equal(after[name], before[name])
